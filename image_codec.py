@@ -1,0 +1,81 @@
+"""Convolutional encoder and decoder of the world model (DreamerV2, appendix, after Ha & Schmidhuber).
+
+Both build themselves for square images of 64 px (the author's layers) or 128 px (one layer more) with any number of
+channels. Inside, convolutions run in the channels-last memory format, in which CPUs and GPUs are fastest.
+Shapes: image (..., C, H, W) in [-0.5, 0.5], embed (..., E), feat (..., F); leading axes are free.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from networks import UnitNormal, init_weights
+
+ENCODER_KERNELS = {64: (4, 4, 4, 4), 128: (4, 4, 4, 4, 4)}
+DECODER_KERNELS = {64: (5, 5, 6, 6), 128: (5, 5, 5, 6, 6)}  # sides 1-5-13-30-64 and 1-5-13-29-62-128
+IMAGE_SIZES = tuple(ENCODER_KERNELS)
+
+
+def check_image(size: int, channels: int) -> None:
+    if size not in IMAGE_SIZES:
+        raise ValueError(f"image_size {size} is not supported: choose one of {', '.join(map(str, IMAGE_SIZES))}")
+    if channels < 1:
+        raise ValueError(f"an image needs at least one channel, got {channels}")
+
+
+class Encoder(nn.Module):
+    """image (..., C, H, W) -> embed (..., E): stride-2 convolutions without padding, doubling the channels."""
+
+    def __init__(self, size: int, channels: int, depth: int):
+        super().__init__()
+        check_image(size, channels)
+        self.shape = (channels, size, size)
+        widths = [channels] + [depth * 2**i for i in range(len(ENCODER_KERNELS[size]))]
+        self.conv = nn.ModuleList(
+            nn.Conv2d(a, b, k, stride=2) for a, b, k in zip(widths[:-1], widths[1:], ENCODER_KERNELS[size], strict=True)
+        )
+        self.embed_size = widths[-1] * 2 * 2  # the last map is 2 x 2 for both sizes
+        self.apply(init_weights)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, image: Tensor) -> Tensor:
+        assert image.shape[-3:] == self.shape, (image.shape, self.shape)
+        x = image.reshape(-1, *self.shape).contiguous(memory_format=torch.channels_last)
+        for conv in self.conv:
+            x = F.elu(conv(x))
+        x = x.permute(0, 2, 3, 1).flatten(1)  # (N, E) in (H, W, C) order, which is the memory order: no copy
+        return x.reshape(*image.shape[:-3], self.embed_size)
+
+
+class Decoder(nn.Module):
+    """feat (..., F) -> Normal over images (..., C, H, W) with unit variance."""
+
+    def __init__(self, feat_size: int, size: int, channels: int, depth: int):
+        super().__init__()
+        check_image(size, channels)
+        self.shape = (channels, size, size)
+        kernels = DECODER_KERNELS[size]
+        self.start = 32 * depth * (size // 64)
+        widths = [self.start] + [depth * 2**i for i in reversed(range(len(kernels) - 1))] + [channels]
+        self.dense = nn.Linear(feat_size, self.start)
+        self.conv = nn.ModuleList(
+            nn.ConvTranspose2d(a, b, k, stride=2) for a, b, k in zip(widths[:-1], widths[1:], kernels, strict=True)
+        )
+        self.apply(init_weights)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, feat: Tensor) -> UnitNormal:
+        x = self.dense(feat.reshape(-1, feat.shape[-1]))  # no activation here, as the author has it
+        x = F.elu(self._first(x))
+        for conv in self.conv[1:-1]:
+            x = F.elu(conv(x))
+        mean = self.conv[-1](x)
+        return UnitNormal(mean.reshape(*feat.shape[:-1], *self.shape), event_dims=3)
+
+    def _first(self, x: Tensor) -> Tensor:
+        """The transposed convolution of a 1 x 1 map is one matrix product: (N, start) -> (N, C, k, k)."""
+        conv = self.conv[0]
+        k = conv.kernel_size[0]
+        weight = conv.weight.permute(0, 2, 3, 1).flatten(1)  # (start, k * k * C), the memory order
+        out = (x @ weight.to(x.dtype)).unflatten(1, (k, k, -1)) + conv.bias
+        return out.permute(0, 3, 1, 2)

@@ -1,0 +1,131 @@
+"""Small building blocks: dense layers, scalar heads, their distributions, and the one source of randomness.
+
+Shapes: leading axes are free ("..."); F feature size, S stochastic groups, K classes, A action size.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+LOG_2PI = math.log(2 * math.pi)
+
+
+class Draws:
+    """Every random draw of acting and training goes through here, so that it can be seeded apart or replayed.
+
+    Evaluation passes its own generator and thereby leaves the training stream untouched; the parity tests pass a
+    subclass that hands out recorded draws. No draw carries a gradient: whoever draws attaches it.
+    """
+
+    def __init__(self, generator: torch.Generator | None = None):
+        self.generator = generator
+
+    def onehot(self, logits: Tensor) -> Tensor:
+        """One-hot sample of categoricals with `logits` (..., K), of the same shape."""
+        # The smallest of exponentials with rates p is a draw from p (as in torch.multinomial), and log p - log e
+        # needs no normalisation of the logits.
+        noise = torch.empty_like(logits).exponential_(generator=self.generator)
+        index = (logits - noise.log_()).argmax(-1, keepdim=True)
+        return torch.zeros_like(logits).scatter_(-1, index, 1.0)
+
+    def normal(self, mean: Tensor) -> Tensor:
+        """Standard normal noise of `mean`'s shape."""
+        return torch.empty_like(mean).normal_(generator=self.generator)
+
+    def trunc_normal(self, mean: Tensor, std: Tensor) -> Tensor:
+        """Sample of a normal cut to [-1, 1], elementwise, by inverting its cumulative distribution."""
+        low = torch.special.ndtr((-1 - mean) / std)
+        high = torch.special.ndtr((1 - mean) / std)
+        uniform = torch.empty_like(mean).uniform_(generator=self.generator)
+        # Rounded to 0 or 1, the quantile would be infinite: once in 2^24 draws from a narrow normal at a bound.
+        quantile = (low + uniform * (high - low)).clamp(2.0**-24, 1 - 2.0**-24)
+        return mean + std * torch.special.ndtri(quantile)
+
+    def subset(self, total: int, count: int, device: torch.device) -> Tensor:
+        """`count` different indices below `total`, in random order."""
+        return torch.randperm(total, generator=self.generator, device=device)[:count]
+
+
+def init_weights(module: nn.Module) -> None:
+    """Keras' defaults, which the author left in place: Glorot-uniform kernels, zero biases."""
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+class MLP(nn.Module):
+    """`layers` dense layers of `units` with ELU: (..., inputs) -> (..., units)."""
+
+    def __init__(self, inputs: int, layers: int, units: int):
+        super().__init__()
+        sizes = [inputs] + [units] * layers
+        self.dense = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.size = sizes[-1]
+        self.apply(init_weights)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for dense in self.dense:
+            x = F.elu(dense(x))
+        return x
+
+
+class UnitNormal:
+    """Normal with unit variance over the last `event_dims` axes of `mean`."""
+
+    def __init__(self, mean: Tensor, event_dims: int = 0):
+        self.mean = mean.float()
+        self.event_dims = event_dims
+
+    def squared_error(self, value: Tensor) -> Tensor:
+        """Sum over the event axes of (value - mean)^2."""
+        error = (value - self.mean).square()
+        return error.flatten(-self.event_dims).sum(-1) if self.event_dims else error
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        size = math.prod(self.mean.shape[self.mean.ndim - self.event_dims :])
+        return -0.5 * (self.squared_error(value) + size * LOG_2PI)
+
+
+class Bernoulli:
+    """Bernoulli with `logit`; `log_prob` takes soft targets in [0, 1]."""
+
+    def __init__(self, logit: Tensor):
+        self.logit = logit.float()
+
+    @property
+    def mean(self) -> Tensor:
+        return self.logit.sigmoid()
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return -F.binary_cross_entropy_with_logits(self.logit, value, reduction="none")
+
+
+class Head(nn.Module):
+    """A scalar read from features: feat (..., F) -> distribution over (...)."""
+
+    def __init__(self, inputs: int, layers: int, units: int, distribution: type):
+        super().__init__()
+        self.mlp = MLP(inputs, layers, units)
+        self.out = nn.Linear(self.mlp.size, 1)
+        self.distribution = distribution
+        self.apply(init_weights)
+
+    def forward(self, feat: Tensor):
+        return self.distribution(self.out(self.mlp(feat)).squeeze(-1))
+
+
+def reward_head(inputs: int, layers: int, units: int) -> Head:
+    """Normal with unit variance over the reward of being in a state."""
+    return Head(inputs, layers, units, UnitNormal)
+
+
+def value_head(inputs: int, layers: int, units: int) -> Head:
+    """Normal with unit variance over the discounted return from a state, that state's reward included."""
+    return Head(inputs, layers, units, UnitNormal)
+
+
+def discount_head(inputs: int, layers: int, units: int) -> Head:
+    """Bernoulli whose mean is the discount: gamma where the episode goes on, 0 after a terminal state."""
+    return Head(inputs, layers, units, Bernoulli)
