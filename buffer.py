@@ -1,0 +1,140 @@
+"""Experience replay of uint8 images in preallocated memory.
+
+One row is one agent step, and everything in a row belongs together:
+
+    row      0          1          2        ...  n
+    image    x0 (reset) x1         x2            xn
+    action   zeros      a1 -> x1   a2 -> x2      an -> xn      the action that LED TO the row's image
+    reward   0          r1         r2            rn            received with that image
+    is_first 1          0          0             0
+    is_terminal 0       0          0             1 only if the task ended there; a time limit is no end
+
+An episode of n agent steps has n + 1 rows. Each environment writes into a ring of its own; a full ring forgets its
+oldest row for each new one. No other code shifts an index.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Transition(NamedTuple):
+    """One row: image uint8 (C, H, W), action (A,), and scalars."""
+
+    image: np.ndarray
+    action: np.ndarray
+    reward: float
+    is_first: bool
+    is_terminal: bool
+
+
+class Batch(NamedTuple):
+    """Sequences of rows, time first."""
+
+    image: Tensor  # (T, B, C, H, W) uint8
+    action: Tensor  # (T, B, A) float32
+    reward: Tensor  # (T, B) float32
+    is_first: Tensor  # (T, B) bool
+    is_terminal: Tensor  # (T, B) bool
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return Batch(*(x.to(device, non_blocking=True) for x in self))
+
+
+@dataclass
+class Episode:
+    """Rows `start .. start + length - 1` of a ring, counted without wrapping around."""
+
+    start: int
+    length: int
+
+
+class ReplayBuffer:
+    """Uniform replay of windows that lie inside one episode; running episodes are included.
+
+    Args:
+        capacity: rows in all, shared equally by the environments.
+        num_envs: environments that write.
+        image_shape, action_size: (C, H, W) and A.
+        seed: of the sampling generator, which is the buffer's own.
+        device: where the rows lie and batches are made.
+    """
+
+    def __init__(
+        self, capacity: int, num_envs: int, image_shape: tuple[int, int, int], action_size: int, seed: int,
+        device: torch.device | str = "cpu",
+    ):  # fmt: skip
+        self.rows = capacity // num_envs
+        total = self.rows * num_envs
+        self.image = torch.empty((total, *image_shape), dtype=torch.uint8, device=device)
+        self.action = torch.empty((total, action_size), device=device)
+        self.reward = torch.empty(total, device=device)
+        self.is_terminal = torch.empty(total, dtype=torch.bool, device=device)
+        self.written = [0] * num_envs  # rows ever written into each ring
+        self.episodes: list[deque[Episode]] = [deque() for _ in range(num_envs)]
+        self.rng = np.random.default_rng(seed)
+
+    def __len__(self) -> int:
+        """Rows held."""
+        return sum(min(n, self.rows) for n in self.written)
+
+    def bytes(self, steps: int) -> int:
+        """Memory that the rows of `steps` agent steps take, or of a full buffer if that is less."""
+        row = sum(x[0].nbytes for x in (self.image, self.action, self.reward, self.is_terminal))
+        return row * min(len(self.image), int(1.1 * steps))
+
+    def add(self, transition: Transition, env: int = 0) -> None:
+        """Append a row to the ring of `env`; refuses what training could not survive (ValueError)."""
+        if not np.isfinite(transition.reward) or not np.isfinite(transition.action).all():
+            raise ValueError(f"non-finite reward {transition.reward} or action {transition.action} from env {env}")
+        episodes, position = self.episodes[env], self.written[env]
+        if transition.is_first:
+            episodes.append(Episode(position, 0))
+        elif not episodes:
+            raise ValueError(f"the first row of env {env} must be the start of an episode")
+        row = env * self.rows + position % self.rows
+        self.image[row] = torch.as_tensor(transition.image)
+        self.action[row] = torch.as_tensor(transition.action)
+        self.reward[row] = float(transition.reward)
+        self.is_terminal[row] = bool(transition.is_terminal)
+        episodes[-1].length += 1
+        self.written[env] += 1
+        self._forget(env)
+
+    def _forget(self, env: int) -> None:
+        """Drop the row that was just overwritten from the oldest episode."""
+        oldest, first_kept = self.episodes[env][0], self.written[env] - self.rows
+        if oldest.start < first_kept:
+            oldest.start += 1
+            oldest.length -= 1
+            if oldest.length == 0:
+                self.episodes[env].popleft()
+
+    def sample(self, batch_size: int, batch_length: int) -> Batch:
+        """`batch_size` windows of `batch_length` rows, each window equally likely, as (T, B, ...).
+
+        Row 0 of every window has `is_first` set: the model starts from its initial state there, also in
+        mid-episode. Raises ValueError while no episode is long enough.
+        """
+        windows = [
+            (env, episode.start, episode.length - batch_length + 1)
+            for env, episodes in enumerate(self.episodes)
+            for episode in episodes
+            if episode.length >= batch_length
+        ]
+        if not windows:
+            raise ValueError(f"no episode in replay has {batch_length} rows yet")
+        env, start, count = np.array(windows).T
+        ends = count.cumsum()
+        drawn = self.rng.integers(ends[-1], size=batch_size)
+        episode = np.searchsorted(ends, drawn, side="right")
+        first = start[episode] + drawn - (ends - count)[episode]
+        position = (first + np.arange(batch_length)[:, None]) % self.rows  # (T, B)
+        index = torch.as_tensor(env[episode] * self.rows + position, device=self.image.device)
+        is_first = torch.zeros(index.shape, dtype=torch.bool, device=index.device)
+        is_first[0] = True
+        return Batch(self.image[index], self.action[index], self.reward[index], is_first, self.is_terminal[index])
