@@ -1,0 +1,689 @@
+"""Train DreamerV2 on RoboSuite, or evaluate what it learnt.
+
+    python run.py                           train with the preset that fits this machine
+    python run.py --task Door --seed 1      any constant of train.Config is a flag
+    python run.py --eval runs/Lift_cpu_0    evaluate a run or a policy file without training
+
+The same command continues a run from its newest checkpoint. Exit codes: 0 done, 1 failure, 2 the user's input,
+130 and 143 interrupted (Ctrl-C, SIGTERM).
+"""
+
+import argparse
+import dataclasses
+import difflib
+import functools
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import textwrap
+import time
+import typing
+from collections.abc import Callable
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from tqdm import tqdm
+
+from buffer import Batch, ReplayBuffer, Transition
+from checkpoint import (
+    CheckpointError,
+    list_checkpoints,
+    load_checkpoint,
+    load_policy,
+    save_checkpoint,
+    save_policy,
+    write_file,
+)
+from env import make_env as make_robosuite_env
+from logger import Logger, open_loop_frames, pick_wandb_mode, policy_frame, write_video
+from networks import Draws
+from train import PRESETS, ActState, Config, Dreamer, check_choice, check_config
+
+EVAL_SEED = 1_000_000  # of the evaluation env; its episodes are the same in every evaluation
+EVAL_EPISODES = 20  # with --eval
+OPEN_LOOP_SEQUENCES, OPEN_LOOP_STEPS = 6, 50
+ENV_FIELDS = (
+    "task", "robot", "controller", "cameras", "image_size", "control_freq", "action_repeat", "episode_steps",
+    "reward_shaping", "physics_step",
+)  # fmt: skip
+SHAPE_FIELDS = (  # a run that differs in these can't be continued
+    "task", "robot", "controller", "cameras", "image_size", "action_repeat", "cnn_depth", "deter", "hidden", "stoch",
+    "classes", "reward_layers", "reward_units", "discount_layers", "discount_units", "discount_head",
+    "actor_layers", "actor_units", "actor_dist", "value_layers", "value_units",
+)  # fmt: skip
+
+
+class UserError(Exception):
+    """The user's mistake, told in one line; exit code 2."""
+
+
+class Interrupted(Exception):
+    """A signal asked the program to stop; carries its number."""
+
+
+MakeEnv = Callable[..., gymnasium.Env]
+
+
+# ---------------------------------------------------------------------------------------------- configuration
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        if "unrecognized arguments" in message:
+            flag = message.split(": ")[1].split()[0]
+            names = [f"--{field.name}" for field in dataclasses.fields(Config)] + ["--eval"]
+            near = difflib.get_close_matches(flag, names, n=1)
+            hint = f"did you mean {near[0]}?" if near else "`python run.py --help` lists them all"
+            message = f"unknown flag {flag}: {hint}"
+        raise UserError(message)
+
+
+def _parse_bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"invalid value {text!r}: true or false")
+    return text.lower() == "true"
+
+
+def _parse_names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="run.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__.split("\n\n", 1)[1], epilog="The constants are explained at the top of train.py.",
+    )  # fmt: skip
+    parser.add_argument("--eval", metavar="RUN", help="evaluate a run folder or policy file without training")
+    parsers = {bool: _parse_bool, tuple[str, ...]: _parse_names}
+    for field in dataclasses.fields(Config):
+        parse = parsers.get(field.type, field.type)
+        default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+        name = getattr(field.type, "__name__", "name,name")
+        parser.add_argument(f"--{field.name}", type=parse, metavar=name, help=f"standard: {default}")
+    return parser
+
+
+def parse_config(argv: list[str]) -> tuple[Config, dict, str | None]:
+    """The configuration that flags, preset and Config give together; the flags; and the run to evaluate, if any."""
+    flags = vars(_parser().parse_args(argv))
+    eval_run = flags.pop("eval")
+    flags = {name: value for name, value in flags.items() if value is not None}
+    preset, device = flags.get("preset", Config.preset), flags.get("device", Config.device)
+    try:
+        check_choice("preset", preset)
+        check_choice("device", device)
+        if preset == "auto":
+            preset = "cpu" if pick_device(device).type == "cpu" else "standard"
+        config = dataclasses.replace(Config(), **{**PRESETS[preset], **flags, "preset": preset})
+        check_config(config)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return config, flags, eval_run
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that was asked for, or the first there is of cuda, mps and cpu."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, found in there.items() if found))
+    if not there[name]:
+        raise UserError(f"device {name} is not available here; valid: {', '.join(k for k, v in there.items() if v)}")
+    return torch.device(name)
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype | None:
+    """The autocast type: bfloat16 where the hardware multiplies it natively, else None for plain float32."""
+    if name == "auto":
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported()
+        else:
+            fast = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+        name = "bfloat16" if fast else "float32"
+    return torch.bfloat16 if name == "bfloat16" else None
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+# ---------------------------------------------------------------------------------------------- environments
+
+
+def env_options(config: Config) -> dict:
+    """The keywords of `make_env`, seed excepted, of a configuration."""
+    return {name: getattr(config, name) for name in ENV_FIELDS}
+
+
+def make_envs(config: Config, make_env: MakeEnv) -> VectorEnv:
+    """The training environments: one lives in this process, several in spawned workers that end with it."""
+    makers = [
+        functools.partial(_make_training_env, make_env, env_options(config) | {"seed": config.seed + i})
+        for i in range(config.num_envs)
+    ]
+    if config.num_envs == 1:
+        return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.DISABLED)
+    return AsyncVectorEnv(makers, context="spawn", autoreset_mode=AutoresetMode.DISABLED)
+
+
+def _make_training_env(make_env: MakeEnv, options: dict) -> gymnasium.Env:
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers too, but the parent decides
+    return make_env(**options)
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """What some episodes gave; images, actions and frames of the first ones for videos."""
+
+    returns: list[float]
+    successes: list[bool]
+    images: list[np.ndarray]  # (steps + 1, C, H, W) uint8 an episode
+    actions: list[np.ndarray]  # (steps + 1, A)
+    frames: np.ndarray | None  # (steps + 1, H, W, 3) uint8 of the first episode
+
+    def summary(self) -> dict[str, float]:
+        return {
+            "eval/return_mean": float(np.mean(self.returns)),
+            "eval/return_std": float(np.std(self.returns)),
+            "eval/success_rate": float(np.mean(self.successes)),
+            "eval/episodes": len(self.returns),
+        }
+
+
+def evaluate(
+    act: Callable[..., tuple[torch.Tensor, ActState]],
+    env: gymnasium.Env,
+    episodes: int,
+    device: torch.device,
+    film: bool,
+    each_step: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Run the deterministic policy for `episodes` episodes with fixed seeds, in an env and with draws of its own.
+
+    An episode is a success if the task was solved at any of its steps. `film` keeps frames of the first one;
+    `each_step` may raise to stop.
+    """
+    draws = Draws(torch.Generator(device).manual_seed(EVAL_SEED))
+    result = Evaluation([], [], [], [], None)
+    for episode in range(episodes):
+        image, _ = env.reset(seed=EVAL_SEED + episode)
+        state, done, total, success = None, False, 0.0, False
+        images, actions, frames = [image], [np.zeros(env.action_space.shape, np.float32)], []
+        filmed = film and episode == 0
+        if filmed:
+            frames.append(policy_frame(env.render(), image))
+        while not done:
+            each_step()
+            batch = torch.as_tensor(image, device=device)[None]
+            is_first = torch.tensor([state is None], device=device)
+            action, state = act(batch, state, is_first, draws, deterministic=True)
+            action = action[0].float().cpu().numpy()
+            image, reward, terminated, truncated, info = env.step(action)
+            done, total, success = (
+                terminated or truncated,
+                total + float(reward),
+                success or bool(info.get("success", False)),
+            )
+            images.append(image)
+            actions.append(action)
+            if filmed:
+                frames.append(policy_frame(env.render(), image))
+        result.returns.append(total)
+        result.successes.append(success)
+        if episode < OPEN_LOOP_SEQUENCES:
+            result.images.append(np.stack(images))
+            result.actions.append(np.stack(actions))
+        if filmed:
+            result.frames = np.stack(frames)
+    return result
+
+
+def open_loop_batch(result: Evaluation, device: torch.device) -> Batch:
+    """Sequences from evaluation episodes, which training never saw, as a batch (T, B, ...)."""
+    length = min(OPEN_LOOP_STEPS, *(len(images) for images in result.images))
+    starts = [
+        (episode, part * length)
+        for part in range(OPEN_LOOP_SEQUENCES)
+        for episode, images in enumerate(result.images)
+        if (part + 1) * length <= len(images)
+    ][:OPEN_LOOP_SEQUENCES]
+    image = np.stack([result.images[e][s : s + length] for e, s in starts], axis=1)
+    action = np.stack([result.actions[e][s : s + length] for e, s in starts], axis=1)
+    flags = torch.zeros(image.shape[:2], dtype=torch.bool)
+    is_first = flags.clone()
+    is_first[0] = True
+    return Batch(torch.as_tensor(image), torch.as_tensor(action), flags.float(), is_first, flags).to(device)
+
+
+# ---------------------------------------------------------------------------------------------- run
+
+
+@dataclasses.dataclass
+class Progress:
+    """The counters of a run; saved with it."""
+
+    step: int = 0  # control steps
+    episode: int = 0  # finished ones
+    owed: float = 0.0  # agent steps that no update was made for yet
+    pretrained: bool = False
+    logged: int = 0  # control step of the last line of training metrics
+    evaluated: int = 0
+    filmed: int = 0
+    best: float = -np.inf  # mean return of the best evaluation
+    metrics_size: int = 0  # bytes of metrics.jsonl
+    wandb_id: str = ""
+
+
+class Run:
+    """Everything that one training run holds, and the loop over it."""
+
+    def __init__(self, config: Config, make_env: MakeEnv, run_dir: Path, device: torch.device):
+        self.config, self.make_env, self.run_dir, self.device = config, make_env, run_dir, device
+        self.envs = make_envs(config, make_env)
+        self.eval_env: gymnasium.Env | None = None
+        image_shape = self.envs.single_observation_space.shape
+        action_size = self.envs.single_action_space.shape[0]
+        dtype = pick_precision(config.precision, device)
+        self.agent = Dreamer(config, image_shape, action_size, device, dtype)
+        self.replay = ReplayBuffer(config.capacity, config.num_envs, image_shape, action_size, config.seed)
+        self.envs.single_action_space.seed(config.seed)
+        self.progress = Progress()
+        self.logger: Logger | None = None
+        self.stop_signal = 0
+        self.totals: dict[str, torch.Tensor] = {}  # sums of training metrics since the last line
+        self.updates_since = 0
+        self.logged_at = self.saved_at = time.monotonic()
+
+    # -- saving
+
+    def state(self) -> dict:
+        self.progress.metrics_size = self.logger.size
+        self.progress.wandb_id = self.logger.wandb_id
+        return {
+            "progress": dataclasses.asdict(self.progress),
+            "agent": self.agent.state_dict(),
+            "config": dataclasses.asdict(self.config),
+            "rng": {
+                "torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+                "python": random.getstate(),
+                "replay": self.replay.rng.bit_generator.state,
+                "action_space": self.envs.single_action_space.np_random.bit_generator.state,
+                "envs": [rng.bit_generator.state for rng in self.envs.get_attr("np_random")],
+            },
+            "versions": {"torch": str(torch.__version__), "threads": torch.get_num_threads()},
+        }
+
+    def restore(self, state: dict) -> None:
+        self.progress = Progress(**state["progress"])
+        self.agent.load_state_dict(state["agent"])
+        rng = state["rng"]
+        if len(rng["envs"]) == self.config.num_envs:
+            self.envs.set_attr("np_random", [_generator(saved) for saved in rng["envs"]])
+        self.envs.single_action_space.np_random.bit_generator.state = rng["action_space"]
+        self.replay.rng.bit_generator.state = rng["replay"]
+        random.setstate(rng["python"])
+        if rng["cuda"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state_all([x.cpu() for x in rng["cuda"]])
+        torch.set_rng_state(rng["torch"].cpu())
+
+    def save(self) -> None:
+        save_checkpoint(self.run_dir, self.progress.step, self.state())
+        self.saved_at = time.monotonic()
+
+    # -- the loop
+
+    def train(self) -> None:
+        """Collect, learn, look and save until `steps`."""
+        c, p = self.config, self.progress
+        resets = np.ones(c.num_envs, bool)
+        returns, successes = np.zeros(c.num_envs), np.zeros(c.num_envs, bool)
+        image, act_state = None, None
+        bar = tqdm(total=c.steps, initial=p.step, unit="step", disable=None, dynamic_ncols=True, smoothing=0.05)
+        self.logged_at = self.saved_at = time.monotonic()
+        with bar:
+            while p.step < c.steps:
+                # begin episodes
+                if resets.any():
+                    image, _ = self.envs.reset(options={"reset_mask": resets.copy()})
+                    for i in np.flatnonzero(resets):
+                        self.replay.add(Transition(image[i], np.zeros(self.agent.action_size), 0.0, True, False), i)
+                    returns[resets], successes[resets] = 0.0, False
+
+                # act
+                action, act_state = self.choose_actions(image, act_state, resets)
+                image, reward, terminated, truncated, info = self.envs.step(action)
+                p.step += c.num_envs * c.action_repeat
+                bar.update(c.num_envs * c.action_repeat)
+                for i in range(c.num_envs):
+                    self.replay.add(Transition(image[i], action[i], reward[i], False, terminated[i]), i)
+                returns += reward
+                successes |= np.asarray(info.get("success", resets), bool)
+                resets = terminated | truncated
+
+                # learn
+                if len(self.replay) >= c.prefill:
+                    self.learn(c.num_envs, bar)
+                self.check_signal()
+
+                # look and save, where an episode ends
+                for i in np.flatnonzero(resets):
+                    p.episode += 1
+                    self.logger.scalars(p.step, {"episode/return": returns[i], "episode/success": float(successes[i])})
+                    bar.set_postfix(ret=f"{returns[i]:.1f}", success=int(successes[i]), upd=self.agent.updates)
+                if resets.any() or p.step >= c.steps:
+                    self.look(bar)
+                    if p.step >= c.steps or time.monotonic() - self.saved_at >= 60 * c.checkpoint_minutes:
+                        self.save()
+
+    def check_signal(self) -> None:
+        if self.stop_signal:
+            raise Interrupted(self.stop_signal)
+
+    def choose_actions(self, image: np.ndarray, state: ActState | None, is_first: np.ndarray):
+        """Random actions until the first update, then the policy's: (num_envs, A) and the policy's state."""
+        if self.agent.updates == 0:
+            return np.stack([self.envs.single_action_space.sample() for _ in is_first]), None
+        if state is None:  # the policy takes over from random actions, or from nothing after a resume
+            is_first = np.ones_like(is_first)
+        images = torch.as_tensor(image, device=self.device)
+        action, state = self.agent.act(images, state, torch.as_tensor(is_first, device=self.device))
+        return action.float().cpu().numpy(), state
+
+    def learn(self, agent_steps: int, bar: tqdm) -> None:
+        """The updates that are due after `agent_steps` more: one for each `train_every`, whatever num_envs is."""
+        c, p = self.config, self.progress
+        p.owed += agent_steps
+        updates, p.owed = int(p.owed // c.train_every), p.owed % c.train_every
+        if not p.pretrained:
+            p.pretrained = True
+            updates += c.pretrain
+            bar.set_description("pretrain")
+        for _ in range(updates):
+            batch = self.replay.sample(c.batch_size, c.batch_length).to(self.device)
+            for name, value in self.agent.train_step(batch).items():
+                self.totals[name] = self.totals.get(name, 0.0) + value
+            self.updates_since += 1
+            self.check_signal()
+        bar.set_description("train", refresh=False)
+
+    # -- looking
+
+    def look(self, bar: tqdm) -> None:
+        """Log, evaluate and film what is due. Nothing here changes what training does."""
+        c, p = self.config, self.progress
+        last = p.step >= c.steps
+        if self.updates_since and (last or p.step - p.logged >= c.log_every):
+            self.log_training()
+        if self.agent.updates and (last or p.step - p.evaluated >= c.eval_every):
+            film = last or p.step - p.filmed >= c.video_every or p.filmed == 0
+            bar.set_description("evaluate")
+            self.evaluate(film)
+            bar.set_description("train")
+
+    def log_training(self) -> None:
+        """One line with the means of all updates since the last one."""
+        p, now = self.progress, time.monotonic()
+        seconds = now - self.logged_at
+        metrics = {name: float(total) / self.updates_since for name, total in self.totals.items()}
+        if not all(np.isfinite(value) for value in metrics.values()):
+            bad = ", ".join(name for name, value in metrics.items() if not np.isfinite(value))
+            tqdm.write(f"warning: not finite since the last line: {bad}")
+        metrics |= {
+            "perf/env_steps_per_s": (p.step - p.logged) / seconds,
+            "perf/updates_per_s": self.updates_since / seconds,
+            "perf/updates": self.agent.updates,
+            "optim/skipped": sum(
+                float(o.skipped)
+                for o in (self.agent.model_optimizer, self.agent.actor_optimizer, self.agent.value_optimizer)
+            ),
+            "replay/rows": len(self.replay),
+        }
+        self.logger.scalars(p.step, metrics)
+        self.totals, self.updates_since, self.logged_at, p.logged = {}, 0, now, p.step
+
+    def evaluate(self, film: bool) -> None:
+        c, p = self.config, self.progress
+        if self.eval_env is None:
+            self.eval_env = self.make_env(**env_options(c), seed=EVAL_SEED)
+        result = evaluate(self.agent.act, self.eval_env, c.eval_episodes, self.device, film, self.check_signal)
+        summary = result.summary()
+        self.logger.scalars(p.step, summary)
+        tqdm.write(f"step {p.step}: {describe(summary)}")
+        if film:
+            fps = c.control_freq / c.action_repeat
+            self.logger.video(p.step, "eval", result.frames, fps)
+            draws = Draws(torch.Generator(self.device).manual_seed(EVAL_SEED))
+            truth, model = self.agent.predict_video(open_loop_batch(result, self.device), draws)
+            frames = open_loop_frames(truth.float().cpu().numpy(), model.float().cpu().numpy())
+            self.logger.video(p.step, "openloop", frames, fps)
+            p.filmed = p.step
+        if summary["eval/return_mean"] > p.best:
+            p.best = summary["eval/return_mean"]
+            save_policy(self.run_dir / "policy.pt", self.agent.policy, c, env_step=p.step, **summary)
+        p.evaluated = p.step
+
+    def close(self) -> None:
+        self.envs.close()
+        if self.eval_env is not None:
+            self.eval_env.close()
+        if self.logger is not None:
+            self.logger.close()
+
+
+def _generator(state: dict) -> np.random.Generator:
+    generator = np.random.default_rng()
+    generator.bit_generator.state = state
+    return generator
+
+
+def describe(summary: dict[str, float]) -> str:
+    return (
+        f"evaluation return {summary['eval/return_mean']:.1f} +- {summary['eval/return_std']:.1f}, "
+        f"success {summary['eval/success_rate']:.0%} of {summary['eval/episodes']} episodes"
+    )
+
+
+# ---------------------------------------------------------------------------------------------- preflight
+
+
+def preflight(run: Run, flags: dict, wandb_mode: tuple[str, str]) -> None:
+    """Say in a few lines what is about to happen; refuse what can't fit (UserError)."""
+    c, agent = run.config, run.agent
+    asked = flags.get("preset", "auto")
+    why = "as asked" if asked != "auto" else f"--preset auto on {run.device.type}"
+    say = functools.partial(print, flush=True)
+    say(f"preset {c.preset} ({why}), seed {c.seed}, {c.steps} control steps")
+    replaced = [f"{name}={_text(getattr(c, name))}" for name in PRESETS[c.preset] if name not in flags]
+    if replaced:
+        say(textwrap.fill(f"the preset replaces: {', '.join(replaced)}", 79, subsequent_indent="  "))
+    precision = "bfloat16 products, float32 parameters" if agent.autocast_dtype else "float32"
+    threads = f", {torch.get_num_threads()} threads" if run.device.type == "cpu" else ""
+    say(f"device {run.device}, {precision}{threads}")
+    say(f"task {c.task} with {c.robot}, {c.controller}, {c.num_envs} env(s): image {agent.image_shape}, "
+        f"{agent.action_size} actions")  # fmt: skip
+    sizes = {name: sum(p.numel() for p in module.parameters()) / 1e6 for name, module in (
+        ("world model", agent.world_model), ("actor", agent.behavior.actor), ("value", agent.behavior.value))}  # fmt: skip
+    say("parameters: " + ", ".join(f"{name} {size:.2f} M" for name, size in sizes.items()))
+    need, free = run.replay.bytes(c.steps // c.action_repeat), free_memory()
+    say(f"replay: up to {need / 1e9:.2f} GB of memory, {free / 1e9:.1f} GB free")
+    if need > free:
+        rows = int(c.capacity * free / need * 0.9)
+        raise UserError(f"capacity {c.capacity} needs {need / 1e9:.1f} GB but {free / 1e9:.1f} are free: try {rows}")
+    say(f"run folder {run.run_dir}, W&B {wandb_mode[0]} ({wandb_mode[1]})")
+
+
+def free_memory() -> float:
+    """Bytes of memory that a process can still take."""
+    try:
+        with open("/proc/meminfo") as file:
+            return 1024 * next(float(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    except OSError:  # not Linux: all there is, for want of a better figure in the standard library
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def _text(value) -> str:
+    return "+".join(value) if isinstance(value, tuple) else str(value).lower() if value in (True, False) else str(value)
+
+
+def pick_run_dir(config: Config) -> Path:
+    """The run folder, not made yet; refused where it can't be one (UserError)."""
+    run_dir = Path(config.run_dir or f"runs/{config.task}_{config.preset}_{config.seed}")
+    there = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"run_dir {run_dir} can't be used: {there} is not a folder that can be written to")
+    if run_dir.exists() and any(run_dir.iterdir()) and not (run_dir / "config.json").exists():
+        raise UserError(f"run_dir {run_dir} is not empty and no run folder: choose another")
+    return run_dir
+
+
+def make_run_dir(run_dir: Path, config: Config) -> None:
+    """Make the run folder, and clear what a run that never reached a checkpoint left in it."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if not list_checkpoints(run_dir) and (run_dir / "metrics.jsonl").exists():
+            print(f"{run_dir} has no checkpoint yet: starting afresh")
+            for path in (run_dir / "metrics.jsonl", run_dir / "policy.pt", *run_dir.glob("videos/*.mp4")):
+                path.unlink(missing_ok=True)
+        write_file(run_dir / "config.json", json.dumps(dataclasses.asdict(config), indent=2).encode())
+    except OSError as error:
+        raise UserError(f"run_dir {run_dir} can't be used: {error.strerror}") from error
+
+
+def check_same_shapes(run_dir: Path, saved: dict, config: Config) -> None:
+    """Refuse to continue a run with other shapes; say which other constants changed."""
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    saved = json.loads(json.dumps(saved))
+    changed = {name: (saved[name], value) for name, value in now.items() if name in saved and saved[name] != value}
+    for name in SHAPE_FIELDS:
+        if name in changed:
+            old, new = changed[name]
+            raise UserError(
+                f"{name} {new} does not fit the run in {run_dir}, made with {old}: choose another --run_dir"
+            )
+    for name, (old, new) in changed.items():
+        if name not in ("run_dir", "device", "wandb"):
+            print(f"changed since the checkpoint: {name} {old} -> {new}")
+
+
+# ---------------------------------------------------------------------------------------------- main
+
+
+def main(argv: list[str] | None = None, make_env: MakeEnv = make_robosuite_env) -> int:
+    """Train or evaluate; returns the exit code."""
+    try:
+        config, flags, eval_run = parse_config(sys.argv[1:] if argv is None else argv)
+        if eval_run:
+            return evaluate_run(Path(eval_run), flags, make_env)
+        return train_run(config, flags, make_env)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # before or after the training loop, which has its own handler
+        return 130
+
+
+def train_run(config: Config, flags: dict, make_env: MakeEnv) -> int:
+    """Start or continue the run of this configuration."""
+    run_dir, device = pick_run_dir(config), pick_device(config.device)
+    loaded = load_checkpoint(run_dir, device)
+    if loaded:
+        state, path, damaged = loaded
+        if state["progress"]["step"] >= config.steps:
+            print(f"finished: {run_dir} has its {state['progress']['step']} steps; --steps extends it")
+            return 0
+        print(f"resumed {path} at step {state['progress']['step']}")
+        for line in damaged:
+            print(f"warning: {line}")
+        check_same_shapes(run_dir, state["config"], config)
+    seed_everything(config.seed)
+    run = build_run(config, make_env, run_dir, device)
+    try:
+        wandb_mode = pick_wandb_mode(config.wandb, dict(os.environ))
+        preflight(run, flags, wandb_mode)
+        make_run_dir(run_dir, config)
+        if loaded:
+            run.restore(state)
+            print("the replay is not saved: it is filled anew before the next update")
+        p = run.progress
+        run.logger = Logger(run_dir, dataclasses.asdict(config), wandb_mode[0], p.wandb_id, p.metrics_size)
+        with stop_on_signals(run):
+            run.train()
+        print(f"done: {p.step} steps, {p.episode} episodes, {run.agent.updates} updates; "
+              f"best evaluation return {p.best:.1f}; {run_dir}")  # fmt: skip
+        return 0
+    except Interrupted as stop:
+        number = stop.args[0]
+        print(f"stopped by {signal.Signals(number).name}; the same command continues from the last checkpoint")
+        return 128 + number
+    finally:
+        run.close()
+
+
+def build_run(config: Config, make_env: MakeEnv, run_dir: Path, device: torch.device) -> Run:
+    """The run; what the environment refuses is the user's to mend."""
+    try:
+        return Run(config, make_env, run_dir, device)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+class stop_on_signals:
+    """Inside, the first SIGINT or SIGTERM asks the run to stop; a second one ends the process at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, run: Run):
+        self.run = run
+
+    def __enter__(self):
+        self.before = [signal.signal(number, self.handle) for number in self.SIGNALS]
+
+    def __exit__(self, *_):
+        for number, handler in zip(self.SIGNALS, self.before, strict=True):
+            signal.signal(number, handler)
+
+    def handle(self, number, _frame):
+        if self.run.stop_signal:
+            os._exit(128 + number)
+        self.run.stop_signal = number
+
+
+def evaluate_run(path: Path, flags: dict, make_env: MakeEnv) -> int:
+    """Evaluate a run folder's best policy, or a policy file, for 20 episodes and film the first."""
+    file = path / "policy.pt" if path.is_dir() else path
+    if not file.exists():
+        raise UserError(f"--eval {path}: there is no {'policy.pt in it' if path.is_dir() else 'such run or policy'}")
+    if fixed := [name for name in flags if name in SHAPE_FIELDS or name == "preset"]:
+        raise UserError(f"{fixed[0]} {flags[fixed[0]]} can't be chosen with --eval: the run has its own")
+    try:
+        policy, config = load_policy(file)
+        config = dataclasses.replace(config, eval_episodes=EVAL_EPISODES)
+        config = dataclasses.replace(config, **flags)
+        check_config(config)
+        env = make_env(**env_options(config), seed=EVAL_SEED)
+    except (CheckpointError, ValueError) as error:
+        raise UserError(str(error)) from error
+    device = pick_device(config.device)
+    result = evaluate(policy.to(device), env, config.eval_episodes, device, film=True)
+    env.close()
+    print(describe(result.summary()))
+    video = file.with_suffix(".mp4")
+    if write_video(video, result.frames, config.control_freq / config.action_repeat):
+        print(f"video {video}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
