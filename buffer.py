@@ -91,13 +91,17 @@ class ReplayBuffer:
         """Append a row to the ring of `env`; refuses what training could not survive (ValueError)."""
         if not np.isfinite(transition.reward) or not np.isfinite(transition.action).all():
             raise ValueError(f"non-finite reward {transition.reward} or action {transition.action} from env {env}")
+        image = np.asarray(transition.image)
+        if image.dtype != np.uint8 or image.shape != self.image.shape[1:]:
+            shape = tuple(self.image.shape[1:])
+            raise ValueError(f"image from env {env} is {image.dtype} {image.shape}, expected uint8 {shape}")
         episodes, position = self.episodes[env], self.written[env]
         if transition.is_first:
             episodes.append(Episode(position, 0))
         elif not episodes:
             raise ValueError(f"the first row of env {env} must be the start of an episode")
         row = env * self.rows + position % self.rows
-        self.image[row] = torch.as_tensor(transition.image)
+        self.image[row] = torch.as_tensor(image)
         self.action[row] = torch.as_tensor(transition.action)
         self.reward[row] = float(transition.reward)
         self.is_terminal[row] = bool(transition.is_terminal)

@@ -21,6 +21,7 @@ import sys
 import textwrap
 import time
 import typing
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -347,7 +348,10 @@ class Run:
         resets = np.ones(c.num_envs, bool)
         returns, successes = np.zeros(c.num_envs), np.zeros(c.num_envs, bool)
         image, act_state = None, None
-        bar = tqdm(total=c.steps, initial=p.step, unit="step", disable=None, dynamic_ncols=True, smoothing=0.05)
+        recent = deque(maxlen=10)  # successes of the last episodes
+        form = "{desc} {percentage:.0f}%|{bar}|{n_fmt}/{total_fmt} {elapsed}<{remaining} {rate_fmt}{postfix}"
+        bar = tqdm(total=c.steps, initial=p.step, unit="st", disable=None, dynamic_ncols=True, bar_format=form)
+        bar.set_description_str("train" if self.agent.updates else "prefill")
         self.logged_at = self.saved_at = time.monotonic()
         with bar:
             while p.step < c.steps:
@@ -378,7 +382,9 @@ class Run:
                 for i in np.flatnonzero(resets):
                     p.episode += 1
                     self.logger.scalars(p.step, {"episode/return": returns[i], "episode/success": float(successes[i])})
-                    bar.set_postfix(ret=f"{returns[i]:.1f}", success=int(successes[i]), upd=self.agent.updates)
+                    recent.append(successes[i])
+                    speed = self.updates_since / (time.monotonic() - self.logged_at)
+                    bar.set_postfix_str(f"return {returns[i]:.1f} success {np.mean(recent):.0%} {speed:.1f} upd/s")
                 if resets.any() or p.step >= c.steps:
                     self.look(bar)
                     if p.step >= c.steps or time.monotonic() - self.saved_at >= 60 * c.checkpoint_minutes:
@@ -406,14 +412,14 @@ class Run:
         if not p.pretrained:
             p.pretrained = True
             updates += c.pretrain
-            bar.set_description("pretrain")
+            bar.set_description_str("pretrain")
         for _ in range(updates):
             batch = self.replay.sample(c.batch_size, c.batch_length).to(self.device)
             for name, value in self.agent.train_step(batch).items():
                 self.totals[name] = self.totals.get(name, 0.0) + value
             self.updates_since += 1
             self.check_signal()
-        bar.set_description("train", refresh=False)
+        bar.set_description_str("train", refresh=False)
 
     # -- looking
 
@@ -425,9 +431,9 @@ class Run:
             self.log_training()
         if self.agent.updates and (last or p.step - p.evaluated >= c.eval_every):
             film = last or p.step - p.filmed >= c.video_every or p.filmed == 0
-            bar.set_description("evaluate")
+            bar.set_description_str("evaluate")
             self.evaluate(film)
-            bar.set_description("train")
+            bar.set_description_str("train")
 
     def log_training(self) -> None:
         """One line with the means of all updates since the last one."""
@@ -510,8 +516,8 @@ def preflight(run: Run, flags: dict, wandb_mode: tuple[str, str]) -> None:
     say(f"device {run.device}, {precision}{threads}")
     say(f"task {c.task} with {c.robot}, {c.controller}, {c.num_envs} env(s): image {agent.image_shape}, "
         f"{agent.action_size} actions")  # fmt: skip
-    sizes = {name: sum(p.numel() for p in module.parameters()) / 1e6 for name, module in (
-        ("world model", agent.world_model), ("actor", agent.behavior.actor), ("value", agent.behavior.value))}  # fmt: skip
+    modules = {"world model": agent.world_model, "actor": agent.behavior.actor, "value": agent.behavior.value}
+    sizes = {name: sum(p.numel() for p in module.parameters()) / 1e6 for name, module in modules.items()}
     say("parameters: " + ", ".join(f"{name} {size:.2f} M" for name, size in sizes.items()))
     need, free = run.replay.bytes(c.steps // c.action_repeat), free_memory()
     say(f"replay: up to {need / 1e9:.2f} GB of memory, {free / 1e9:.1f} GB free")

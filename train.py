@@ -320,11 +320,13 @@ class WorldModel(nn.Module):
 
     @torch.no_grad()
     def predict_video(self, batch: Batch, draws: Draws, context: int = 5) -> tuple[Tensor, Tensor]:
-        """Open-loop prediction: `context` observed frames, then imagined ones under the true actions.
+        """Open-loop prediction: `context` observed frames (T - 1 if that is less), then imagined ones.
 
-        Returns truth and model, (T, B, C, H, W) each in [0, 1] (the model's not clipped).
+        Imagined frames follow the true actions. Returns truth and model, (T, B, C, H, W) each in [0, 1] (the
+        model's not clipped).
         """
         image = preprocess(batch.image)
+        context = min(context, len(image) - 1)
         seen = slice(None, context)
         post, _ = self.rssm.observe(self.encoder(image[seen]), batch.action[seen], batch.is_first[seen], draws)
         actions = iter(batch.action[context:])
@@ -490,7 +492,7 @@ class Optimizer:
         self.adam.grad_scale = norm.clamp(min=self.clip) / self.clip  # the fused kernel divides by it
         self.adam.found_inf = 1.0 - norm.isfinite().float()
         self.skipped += self.adam.found_inf
-        self.steps += 1
+        self.steps += 1  # skipped ones too: to leave them out the host would have to wait for the device
         for group in self.adam.param_groups:
             group["eps"] = self.eps / math.sqrt(1 - self.BETAS[1] ** self.steps)
         self.adam.step()
@@ -502,9 +504,9 @@ class Optimizer:
 
     def load_state_dict(self, state: dict) -> None:
         """Moments and counters; learning rate and decay stay those of the present configuration."""
-        groups = [dict(saved, lr=ours["lr"], weight_decay=ours["weight_decay"])
-                  for saved, ours in zip(state["adam"]["param_groups"], self.adam.param_groups, strict=True)]  # fmt: skip
-        self.adam.load_state_dict(dict(state["adam"], param_groups=groups))
+        (saved,), (ours,) = state["adam"]["param_groups"], self.adam.param_groups
+        group = dict(saved, lr=ours["lr"], weight_decay=ours["weight_decay"])
+        self.adam.load_state_dict(dict(state["adam"], param_groups=[group]))
         self.steps = state["steps"]
         self.skipped.copy_(state["skipped"])
 
