@@ -1,0 +1,485 @@
+"""The program as a whole: its loops on a fake environment, and `run.py --preset debug` on real RoboSuite."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import logger
+import run
+from fake_env import FakeEnv
+from train import PRESETS, Config, Dreamer, check_config
+
+ROOT = Path(__file__).parent.parent
+TINY = (
+    "--preset debug --cameras agentview --cnn_depth 2 --deter 8 --hidden 8 --stoch 4 --classes 4 --reward_units 8 "
+    "--discount_units 8 --actor_units 8 --value_units 8 --batch_size 2 --batch_length 5 --prefill 20 --pretrain 2 "
+    "--train_every 5 --steps 100 --episode_steps 20 --log_every 20 --eval_every 40 --video_every 40 --horizon 3 "
+    "--imagine_starts 4 --precision float32 --wandb disabled --device cpu"
+)
+
+
+def train(run_dir: Path, flags: str = "", make_env=FakeEnv) -> int:
+    return run.main([*TINY.split(), *flags.split(), "--run_dir", str(run_dir)], make_env)
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def newest(run_dir: Path) -> dict:
+    return checkpoint.load_checkpoint(run_dir)[0]
+
+
+def same(a, b) -> bool:
+    """Equality of nested checkpoint contents, tensors bit by bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+# ------------------------------------------------------------------------------------------ the real thing
+
+
+@pytest.fixture(scope="module")
+def debug_run(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """One `python run.py --preset debug` on real RoboSuite, as a user starts it."""
+    run_dir = tmp_path_factory.mktemp("debug run ü") / "run"
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    command = [sys.executable, str(ROOT / "run.py"), "--preset", "debug", "--run_dir", str(run_dir)]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environ, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return run_dir, done
+
+
+def test_debug_run_prints_a_preflight_that_fits_a_terminal_and_no_warning(debug_run):
+    """The preflight names preset, device, shapes, memory, folder and W&B mode; nothing else is printed."""
+    run_dir, done = debug_run
+    for word in ("preset debug", "device cpu", "Lift", "(6, 64, 64)", "parameters", "replay", "offline", "done: 180"):
+        assert word in done.stdout
+    assert done.stderr == ""
+    assert "warning" not in done.stdout.lower()
+    assert max(len(line.replace(str(run_dir), "")) for line in done.stdout.splitlines()) <= 80
+
+
+def test_debug_run_leaves_the_run_folder_of_the_readme(debug_run):
+    """Configuration, metrics, the last two checkpoints, the best policy and videos, and nothing half-written."""
+    run_dir, _ = debug_run
+    names = {path.name for path in run_dir.iterdir()}
+    assert {"config.json", "metrics.jsonl", "policy.pt", "videos", "wandb"} <= names
+    saved = [name for name in names if name.startswith("checkpoint")]
+    assert len(saved) == 2 and all(checkpoint.NAME.fullmatch(name) for name in saved)
+    assert not [name for name in names if "tmp" in name]
+    assert json.loads((run_dir / "config.json").read_text())["task"] == "Lift"
+
+
+def test_debug_run_saves_at_each_episode_end(debug_run):
+    """Six episodes of 30 steps end in the debug preset; the newest checkpoints are those of the last two."""
+    run_dir, _ = debug_run
+    steps = sorted(int(checkpoint.NAME.fullmatch(p.name)[1]) for p in checkpoint.list_checkpoints(run_dir))
+    assert steps == [150, 180]
+    assert newest(run_dir)["progress"]["episode"] == 6
+
+
+def test_debug_run_metrics_are_finite_ordered_and_unique(debug_run):
+    """metrics.jsonl has an env_step in every line, never goes back and says nothing twice."""
+    lines = metrics(debug_run[0])
+    steps = [line["env_step"] for line in lines]
+    assert steps == sorted(steps) and steps[-1] == 180
+    assert len({json.dumps(line) for line in lines}) == len(lines)
+    assert all(np.isfinite(value) for line in lines for value in line.values())
+    names = set().union(*lines)
+    assert {"episode/return", "eval/return_mean", "eval/success_rate", "model/kl", "behaviour/value"} <= names
+
+
+def test_debug_run_videos_show_a_picture(debug_run):
+    """The evaluation video and the open-loop video have the expected sides and moving, non-black frames."""
+    import imageio.v2 as imageio
+
+    for name, height in (("eval", 256), ("openloop", 2 * 3 * 64)):
+        path = sorted((debug_run[0] / "videos").glob(f"{name}_*.mp4"))[-1]
+        frames = [frame for frame in imageio.get_reader(path)]
+        assert frames[0].shape[0] == height and frames[0].shape[1] % 16 == 0
+        assert len(frames) >= 30
+        assert frames[0].std() > 20
+        assert np.abs(frames[0].astype(int) - frames[-1]).mean() > 0.5
+
+
+def test_policy_file_acts_in_ones_own_script(debug_run):
+    """The README's lines: load policy.pt, act in an environment of one's own."""
+    policy, config = checkpoint.load_policy(debug_run[0] / "policy.pt")
+    env = FakeEnv(**run.env_options(config), seed=0)
+    image, _ = env.reset(seed=1)
+    state, done, steps = None, False, 0
+    while not done:
+        action, state = policy.step(image, state)
+        image, _, terminated, truncated, _ = env.step(action)
+        done, steps = terminated or truncated, steps + 1
+    assert steps == config.episode_steps
+
+
+def test_eval_repeats_the_evaluation_of_a_run_on_real_robosuite(debug_run, capsys):
+    """`--eval RUN` makes the env from the run's own configuration and films the first episode."""
+    assert run.main(["--eval", str(debug_run[0]), "--eval_episodes", "1"]) == 0
+    assert re.search(r"evaluation return \d+\.\d", capsys.readouterr().out)
+    assert (debug_run[0] / "policy.mp4").exists()
+
+
+# ------------------------------------------------------------------------------------------ loops
+
+
+def test_training_updates_at_the_exact_ratio_whatever_the_number_of_envs(tmp_path):
+    """One update for each train_every agent steps after the prefill, plus the pretraining, for any num_envs."""
+    for flags, updates in (
+        ("--num_envs 1 --train_every 5", 2 + (100 - 20) // 5),
+        ("--num_envs 1 --train_every 1.6", 2 + int((100 - 20) / 1.6)),
+        ("--num_envs 1 --action_repeat 2 --train_every 5 --prefill 11", 2 + (50 - 11) // 5),
+    ):
+        run_dir = tmp_path / re.sub(r"\W", "", flags)
+        assert train(run_dir, flags) == 0
+        made = newest(run_dir)["agent"]["updates"]
+        assert abs(made - updates) <= 1, (flags, made, updates)  # rows of resets count towards the prefill
+
+
+def test_several_envs_live_in_workers_that_end_with_the_run(tmp_path):
+    """With num_envs 2, both write to the replay, steps count for both, and no worker is left behind."""
+    assert train(tmp_path / "run", "--num_envs 2 --prefill 40 --steps 160") == 0
+    lines = metrics(tmp_path / "run")
+    assert sum("episode/return" in line for line in lines) == 160 // 20
+    assert newest(tmp_path / "run")["progress"]["step"] == 160
+    assert len(newest(tmp_path / "run")["rng"]["envs"]) == 2
+    import multiprocessing
+
+    assert not multiprocessing.active_children()
+
+
+def test_a_run_continues_from_its_newest_checkpoint(tmp_path, capsys):
+    """The same command with more steps resumes: it says so first, and counters, weights and moments go on."""
+    run_dir = tmp_path / "run"
+    assert train(run_dir) == 0
+    before = newest(run_dir)
+    capsys.readouterr()
+    assert train(run_dir, "--steps 160") == 0
+    assert capsys.readouterr().out.startswith("resumed ")
+    after = newest(run_dir)
+    assert after["progress"]["step"] == 160 and after["progress"]["episode"] == 8
+    assert after["agent"]["updates"] > before["agent"]["updates"]
+    assert after["agent"]["model_optimizer"]["steps"] == after["agent"]["updates"]
+    steps = [line["env_step"] for line in metrics(run_dir)]
+    assert steps == sorted(steps)
+
+
+def test_a_finished_run_says_so(tmp_path, capsys):
+    """Starting a finished run again changes nothing and exits with 0."""
+    assert train(tmp_path / "run") == 0
+    files = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    capsys.readouterr()
+    assert train(tmp_path / "run") == 0
+    assert "finished" in capsys.readouterr().out
+    assert files == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+
+
+def test_restore_gives_back_all_that_was_saved(tmp_path):
+    """State saved, restored into a fresh run and saved again is the same, generators included."""
+    assert train(tmp_path / "run") == 0
+    state = newest(tmp_path / "run")
+    config = Config(**(state["config"] | {"cameras": tuple(state["config"]["cameras"])}))
+    fresh = run.Run(config, FakeEnv, tmp_path / "run", torch.device("cpu"))
+    fresh.restore(state)
+    fresh.logger = logger.Logger(tmp_path / "run", {}, "disabled", size=state["progress"]["metrics_size"])
+    again = fresh.state()
+    assert same(state, again)
+    fresh.close()
+
+
+def test_observing_changes_nothing(tmp_path):
+    """Training losses are identical with evaluation and videos often, or never before the end."""
+    train(tmp_path / "often", "--eval_every 20 --video_every 20 --eval_episodes 3")
+    train(tmp_path / "never", "--eval_every 100000 --video_every 100000 --eval_episodes 1")
+    losses = [
+        [line["model/loss"] for line in metrics(tmp_path / name) if "model/loss" in line] for name in ("often", "never")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) >= 3
+    assert same(newest(tmp_path / "often")["agent"], newest(tmp_path / "never")["agent"])
+
+
+def test_the_seed_decides_the_run(tmp_path):
+    """Two runs with one seed end with the same weights; another seed ends elsewhere."""
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        train(tmp_path / name, f"--seed {seed}")
+    a, b, c = (newest(tmp_path / name)["agent"]["world_model"] for name in "abc")
+    assert same(a, b) and not same(a, c)
+
+
+def test_sigterm_stops_with_143_and_the_next_start_resumes(tmp_path):
+    """A terminated run exits with 143 within seconds and continues from its last checkpoint."""
+    flags = [*TINY.split(), "--run_dir", str(tmp_path / "run"), "--steps", "100000"]
+    code = f"import sys, run; from fake_env import FakeEnv; sys.exit(run.main({flags!r}, FakeEnv))"
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environ, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not checkpoint.list_checkpoints(tmp_path / "run"):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=10)
+    assert process.returncode == 143
+    assert "stopped by SIGTERM" in out
+    step = newest(tmp_path / "run")["progress"]["step"]
+    assert train(tmp_path / "run", f"--steps {step + 40}") == 0
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(tmp_path, capsys):
+    """A flipped bit is found before anything is parsed."""
+    run_dir = tmp_path / "run"
+    train(run_dir)
+    path = checkpoint.list_checkpoints(run_dir)[0]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    capsys.readouterr()
+    assert train(run_dir) == 0
+    out = capsys.readouterr().out
+    assert "resumed" in out and f"warning: {path.name} is damaged" in out
+
+
+def test_all_checkpoints_damaged_is_an_error(tmp_path, capsys):
+    """Nothing is started afresh or overwritten when no checkpoint can be read."""
+    train(tmp_path / "run")
+    for path in checkpoint.list_checkpoints(tmp_path / "run"):
+        path.write_bytes(b"")
+    assert train(tmp_path / "run") == 1
+    assert "no checkpoint" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
+    """A pickle with a payload, correctly named, is refused and not executed."""
+
+    class Payload:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "owned"),))
+
+    train(tmp_path / "run")
+    for path in checkpoint.list_checkpoints(tmp_path / "run"):
+        path.unlink()
+    checkpoint.save_checkpoint(tmp_path / "run", 200, {"progress": Payload()})
+    assert train(tmp_path / "run", "--steps 300") == 1
+    assert not (tmp_path / "owned").exists()
+
+
+# ------------------------------------------------------------------------------------------ configuration
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--bath_size 3", ["--bath_size", "--batch_size"]),
+        ("--batch_size 0", ["batch_size", "0", "above 0"]),
+        ("--batch_size -3", ["batch_size", "-3"]),
+        ("--batch_size 2.5", ["batch_size", "2.5"]),
+        ("--discount 1.5", ["discount", "1.5", "at most 1"]),
+        ("--discount nan", ["discount", "nan"]),
+        ("--image_size 37", ["image_size", "37", "64, 128"]),
+        ("--horizon 0", ["horizon", "0"]),
+        ("--seed abc", ["seed", "abc", "int"]),
+        ("--preset large", ["preset", "large", "standard, cpu, debug, paper"]),
+        ("--device tpu", ["device", "tpu", "cuda, mps, cpu"]),
+        ("--precision half", ["precision", "half", "bfloat16"]),
+        ("--reward_shaping maybe", ["reward_shaping", "maybe", "true or false"]),
+        ("--batch_length 900", ["batch_length", "900", "episode"]),
+        ("--capacity 3", ["capacity", "3", "batch_length"]),
+        ("--steps 10", ["steps", "10", "prefill"]),
+        ("--actor_dist onehot", ["actor_dist", "onehot", "trunc_normal"]),
+        ("--grad_heads decoder,rewards", ["grad_heads", "rewards", "discount"]),
+        ("--eval /no/such/run", ["/no/such/run"]),
+        ("--run_dir /proc/run", ["run_dir", "/proc/run"]),
+        ("--wandb maybe", ["wandb", "maybe", "offline"]),
+    ],
+)
+def test_bad_input_gets_one_line_that_names_it(flags, words, tmp_path, capsys, monkeypatch):
+    """Exit code 2, one line with field, value and what is valid, and nothing made."""
+    monkeypatch.chdir(tmp_path)
+    started = time.monotonic()
+    assert run.main(flags.split(), FakeEnv) == 2
+    assert time.monotonic() - started < 10
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(word in error for word in words), error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--task Lfit", ["task", "Lfit", "Lift"]),
+        ("--robot Pandda", ["robot", "Pandda", "Panda"]),
+        ("--controller OSC", ["controller", "OSC", "OSC_POSE"]),
+        ("--cameras sideview,nowhere", ["cameras", "nowhere", "agentview"]),
+        ("--control_freq 15", ["control_freq", "15", "20"]),
+        ("--task TwoArmLift", ["TwoArmLift"]),
+        ("--action_repeat 7", ["action_repeat", "7"]),
+    ],
+)
+def test_what_robosuite_does_not_know_is_refused_in_one_line(flags, words, tmp_path, capsys, monkeypatch):
+    """The environment's own refusals reach the user the same way."""
+    monkeypatch.chdir(tmp_path)
+    assert run.main(["--preset", "debug", *flags.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(word in error for word in words), error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_flag_beats_preset_beats_config():
+    """The three sources of a constant in their order."""
+    config, flags, _ = run.parse_config(["--preset", "cpu", "--batch_length", "30"])
+    assert config.batch_length == 30 and flags["batch_length"] == 30
+    assert config.train_every == PRESETS["cpu"]["train_every"] != Config().train_every
+    assert config.batch_size == Config().batch_size
+
+
+def test_auto_preset_follows_the_device(monkeypatch):
+    """standard on a GPU, cpu without one."""
+    monkeypatch.setattr(run, "pick_device", lambda name: torch.device("cpu"))
+    assert run.parse_config([])[0].preset == "cpu"
+    monkeypatch.setattr(run, "pick_device", lambda name: torch.device("cuda"))
+    assert run.parse_config([])[0].preset == "standard"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_valid_and_name_their_steps(preset):
+    """Each preset names fields that exist and passes the checks; it says how long it trains."""
+    fields = {field.name for field in dataclasses.fields(Config)}
+    assert set(PRESETS[preset]) <= fields
+    config = run.parse_config(["--preset", preset])[0]
+    check_config(config)
+    assert preset == "standard" or "steps" in PRESETS[preset]
+
+
+def test_every_field_is_a_flag(capsys):
+    """`--help` lists all constants."""
+    with pytest.raises(SystemExit):
+        run.main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"--{field.name} " in text for field in dataclasses.fields(Config))
+
+
+def test_other_shapes_are_refused_and_nothing_is_lost(tmp_path, capsys):
+    """A run folder made with another model is named, with both values, and left as it was."""
+    train(tmp_path / "run")
+    files = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert train(tmp_path / "run", "--steps 200 --deter 12") == 2
+    error = capsys.readouterr().err
+    assert "deter 12" in error and "8" in error
+    assert files == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+
+
+def test_an_edited_learning_rate_is_used_and_said(tmp_path, capsys):
+    """Constants that are no shapes may change between runs."""
+    train(tmp_path / "run")
+    capsys.readouterr()
+    assert train(tmp_path / "run", "--steps 140 --model_lr 0.001") == 0
+    assert "model_lr 0.0003 -> 0.001" in capsys.readouterr().out
+    assert newest(tmp_path / "run")["agent"]["model_optimizer"]["adam"]["param_groups"][0]["lr"] == 0.001
+
+
+def test_a_folder_that_is_no_run_is_not_touched(tmp_path, capsys):
+    """--run_dir on a folder with other things in it is refused."""
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert train(tmp_path) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_replay_that_does_not_fit_is_refused(tmp_path, capsys, monkeypatch):
+    """The preflight compares the replay with the memory that is free and proposes a capacity."""
+    monkeypatch.setattr(run, "free_memory", lambda: 1e5)
+    assert train(tmp_path / "run") == 2
+    assert "capacity" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_importing_does_no_work():
+    """`import train` and `import run` need neither robosuite nor wandb and print nothing."""
+    code = "import sys, train, run; assert not {'robosuite', 'wandb', 'mujoco', 'imageio'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# ------------------------------------------------------------------------------------------ logging
+
+
+def test_wandb_mode_flag_beats_environment_beats_key(monkeypatch, tmp_path):
+    """Online only where it was asked for or a key exists."""
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    assert logger.pick_wandb_mode("disabled", {"WANDB_MODE": "online"})[0] == "disabled"
+    assert logger.pick_wandb_mode("auto", {"WANDB_MODE": "offline", "WANDB_API_KEY": "x"})[0] == "offline"
+    assert logger.pick_wandb_mode("auto", {"WANDB_API_KEY": "x"})[0] == "online"
+    assert logger.pick_wandb_mode("auto", {})[0] == "offline"
+    (tmp_path / "none").write_text("machine api.wandb.ai login user password x")
+    assert logger.pick_wandb_mode("auto", {})[0] == "online"
+    monkeypatch.setattr(logger.importlib.util, "find_spec", lambda name: None)
+    assert logger.pick_wandb_mode("online", {})[0] == "disabled"
+
+
+def test_the_program_runs_without_wandb(tmp_path, monkeypatch):
+    """With wandb not importable a run ends well and its metrics are complete."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr(logger.importlib.util, "find_spec", lambda name: None)
+    assert train(tmp_path / "run", "--wandb auto") == 0
+    assert any("eval/return_mean" in line for line in metrics(tmp_path / "run"))
+
+
+def test_a_missing_video_back_end_costs_a_warning_not_the_run(tmp_path, monkeypatch, capsys):
+    """Training goes on when videos can't be written."""
+    import imageio.v2 as imageio
+
+    def fail(*_, **__):
+        raise OSError("no ffmpeg here")
+
+    monkeypatch.setattr(imageio, "mimwrite", fail)
+    assert train(tmp_path / "run") == 0
+    assert "no ffmpeg here" in capsys.readouterr().out
+    assert not list((tmp_path / "run" / "videos").glob("*"))
+
+
+def test_open_loop_frames_place_truth_model_and_error():
+    """Each camera has its truth, model and error rows, each sequence its column."""
+    truth = np.zeros((3, 2, 6, 16, 16))
+    truth[:, 1, 3:] = 1.0  # second sequence, second camera: white
+    frames = logger.open_loop_frames(truth, np.zeros_like(truth))
+    assert frames.shape == (3, 2 * 3 * 16, 2 * 16, 3) and frames.dtype == np.uint8
+    assert (frames[:, 48:64, 16:] == 255).all() and (frames[:, 48:64, :16] == 0).all()
+    assert (frames[:, 64:80] == 0).all()  # the model's row
+    assert (frames[:, 80:, 16:] == 0).all() and (frames[:, 80:, :16] == 128).all()  # error: too dark, right
+
+
+def test_policy_frame_shows_every_camera_beside_the_large_view():
+    """One to three cameras, zoomed to half the height, in columns."""
+    render = np.full((256, 256, 3), 9, np.uint8)
+    for cameras, width in ((1, 384), (2, 384), (3, 512)):
+        image = np.arange(cameras).repeat(3)[:, None, None] * np.ones((1, 64, 64))
+        frame = logger.policy_frame(render, image.astype(np.uint8))
+        assert frame.shape == (256, width, 3)
+        assert (frame[:128, 256:384] == 0).all() and (cameras == 1 or (frame[128:, 256:384] == 1).all())
+
+
+def test_dreamer_parameter_counts_reach_the_preflight(tmp_path, capsys):
+    """The preflight's figures are those of the modules."""
+    train(tmp_path / "run")
+    out = capsys.readouterr().out
+    config = run.parse_config(TINY.split())[0]
+    agent = Dreamer(config, (3, 64, 64), 4)
+    assert f"world model {sum(p.numel() for p in agent.world_model.parameters()) / 1e6:.2f} M" in out
