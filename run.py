@@ -9,6 +9,7 @@ The same command continues a run from its newest checkpoint. Exit codes: 0 done,
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -62,6 +63,10 @@ SHAPE_FIELDS = (  # a run that differs in these can't be continued
 
 class UserError(Exception):
     """The user's mistake, told in one line; exit code 2."""
+
+
+class Failure(Exception):
+    """What the program can't go on with, told in one line; exit code 1."""
 
 
 class Interrupted(Exception):
@@ -169,9 +174,21 @@ def make_envs(config: Config, make_env: MakeEnv) -> VectorEnv:
         functools.partial(_make_training_env, make_env, env_options(config) | {"seed": config.seed + i})
         for i in range(config.num_envs)
     ]
-    if config.num_envs == 1:
-        return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.DISABLED)
-    return AsyncVectorEnv(makers, context="spawn", autoreset_mode=AutoresetMode.DISABLED)
+    with env_errors():
+        if config.num_envs == 1:
+            return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.DISABLED)
+        return AsyncVectorEnv(makers, context="spawn", autoreset_mode=AutoresetMode.DISABLED)
+
+
+@contextlib.contextmanager
+def env_errors():
+    """What an environment refuses is the user's to mend; a machine that can't render is a failure."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    except RuntimeError as error:
+        raise Failure(str(error)) from error
 
 
 def _make_training_env(make_env: MakeEnv, options: dict) -> gymnasium.Env:
@@ -286,9 +303,9 @@ class Progress:
 class Run:
     """Everything that one training run holds, and the loop over it."""
 
-    def __init__(self, config: Config, make_env: MakeEnv, run_dir: Path, device: torch.device):
+    def __init__(self, config: Config, envs: VectorEnv, make_env: MakeEnv, run_dir: Path, device: torch.device):
         self.config, self.make_env, self.run_dir, self.device = config, make_env, run_dir, device
-        self.envs = make_envs(config, make_env)
+        self.envs = envs
         self.eval_env: gymnasium.Env | None = None
         image_shape = self.envs.single_observation_space.shape
         action_size = self.envs.single_action_space.shape[0]
@@ -593,7 +610,7 @@ def main(argv: list[str] | None = None, make_env: MakeEnv = make_robosuite_env) 
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except CheckpointError as error:
+    except (CheckpointError, Failure) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before or after the training loop, which has its own handler
@@ -614,7 +631,7 @@ def train_run(config: Config, flags: dict, make_env: MakeEnv) -> int:
             print(f"warning: {line}")
         check_same_shapes(run_dir, state["config"], config)
     seed_everything(config.seed)
-    run = build_run(config, make_env, run_dir, device)
+    run = Run(config, make_envs(config, make_env), make_env, run_dir, device)
     try:
         wandb_mode = pick_wandb_mode(config.wandb, dict(os.environ))
         preflight(run, flags, wandb_mode)
@@ -635,14 +652,6 @@ def train_run(config: Config, flags: dict, make_env: MakeEnv) -> int:
         return 128 + number
     finally:
         run.close()
-
-
-def build_run(config: Config, make_env: MakeEnv, run_dir: Path, device: torch.device) -> Run:
-    """The run; what the environment refuses is the user's to mend."""
-    try:
-        return Run(config, make_env, run_dir, device)
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 class stop_on_signals:
@@ -678,10 +687,11 @@ def evaluate_run(path: Path, flags: dict, make_env: MakeEnv) -> int:
         config = dataclasses.replace(config, eval_episodes=EVAL_EPISODES)
         config = dataclasses.replace(config, **flags)
         check_config(config)
-        env = make_env(**env_options(config), seed=EVAL_SEED)
     except (CheckpointError, ValueError) as error:
         raise UserError(str(error)) from error
     device = pick_device(config.device)
+    with env_errors():
+        env = make_env(**env_options(config), seed=EVAL_SEED)
     result = evaluate(policy.to(device), env, config.eval_episodes, device, film=True)
     env.close()
     print(describe(result.summary()))

@@ -198,7 +198,7 @@ def test_restore_gives_back_all_that_was_saved(tmp_path):
     assert train(tmp_path / "run") == 0
     state = newest(tmp_path / "run")
     config = Config(**(state["config"] | {"cameras": tuple(state["config"]["cameras"])}))
-    fresh = run.Run(config, FakeEnv, tmp_path / "run", torch.device("cpu"))
+    fresh = run.Run(config, run.make_envs(config, FakeEnv), FakeEnv, tmp_path / "run", torch.device("cpu"))
     fresh.restore(state)
     fresh.logger = logger.Logger(tmp_path / "run", {}, "disabled", size=state["progress"]["metrics_size"])
     again = fresh.state()
@@ -340,6 +340,17 @@ def test_what_robosuite_does_not_know_is_refused_in_one_line(flags, words, tmp_p
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and all(word in error for word in words), error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_machine_that_cannot_render_gets_one_line(tmp_path, capsys, monkeypatch):
+    """The environment's hint on what to install, exit code 1, no traceback."""
+
+    def cannot_render(**_):
+        raise RuntimeError("no OpenGL library; on Debian or Ubuntu: apt-get install libegl1")
+
+    monkeypatch.chdir(tmp_path)
+    assert run.main(TINY.split(), cannot_render) == 1
+    assert capsys.readouterr().err == "error: no OpenGL library; on Debian or Ubuntu: apt-get install libegl1\n"
 
 
 def test_flag_beats_preset_beats_config():
