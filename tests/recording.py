@@ -124,8 +124,8 @@ class Replay(Draws):
         super().__init__()
         self.waiting = deque(draws)
 
-    def onehot(self, logits: Tensor) -> Tensor:
-        return self._next("onehot", logits)
+    def onehot(self, probs: Tensor) -> Tensor:
+        return self._next("onehot", probs)
 
     def normal(self, mean: Tensor) -> Tensor:
         return self._next("normal", mean)

@@ -16,6 +16,7 @@ from buffer import Batch
 from networks import Bernoulli, UnitNormal
 from recorded_config import config_of
 from recording import Recording, Replay, from_their_layout, refuse, to_their_layout
+from rssm import stack
 from train import Config, Dreamer
 
 METRICS = {
@@ -262,7 +263,7 @@ def compare_imagination(recording: Recording, config: Config, watch: Watch, acto
     def compare(key: str, ours: Tensor) -> None:
         recording.compare(f"imag/{key}", starts_batch_first(ours, batch), "forward")
 
-    (states, _), imagined = watch.states[0], watch.imagined[0]
+    states, imagined = stack(watch.states[0][0]), watch.imagined[0]
     compare("deter", states.deter)
     if config.classes:
         compare("logit", states.stats)
