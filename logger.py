@@ -243,11 +243,12 @@ def _start_wandb(run_dir: Path, config: dict, mode: str, run_id: str):
             console="off",
             init_timeout=60,  # seconds
             x_disable_stats=True,
-            # Host, user, paths and git remotes name people.
+            # Host, user, paths, git remotes and packages installed from a folder name people.
             x_disable_meta=True,
             x_disable_machine_info=True,
             disable_git=True,
             disable_code=True,
+            x_save_requirements=False,
             host="-",
         ),
     )
@@ -419,6 +420,7 @@ STRIP = 32  # pixels, height of a line of text
 MARGIN = 96  # pixels, width of the column of labels
 PANEL = 128  # pixels a side, at least, of what the agent sees
 FONT_SIZE = 14
+LINE = 24  # grey of the lines between panels
 WHITE, GREY, GREEN, ORANGE = (235, 235, 235), (150, 150, 150), (110, 220, 120), (255, 170, 70)
 
 
@@ -509,6 +511,7 @@ def _film(
     video = np.concatenate(np.moveaxis(np.moveaxis(video, 2, -1), 1, 0), axis=2)  # (T, rows * h, B * h, 3)
     video = (video.clip(0, 1) * 255).round().astype(np.uint8).repeat(zoom, 1).repeat(zoom, 2)
     height, width = video.shape[1] // len(rows), MARGIN + video.shape[2]
+    video[:, height - 1 :: height] = video[:, :, height - 1 :: height] = LINE  # thin lines between panels
     labels = np.concatenate([text_strip(MARGIN, [(6, label, WHITE)], height) for label in rows])
     frames = []
     for t, picture in enumerate(video):

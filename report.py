@@ -33,16 +33,17 @@ class Panel(NamedTuple):
     log: bool = False
     episodes: bool = False  # one point an episode: shown faintly, with their running mean
     spread: str = ""  # metric whose values are drawn as a band around the first
+    share: bool = False  # between 0 and 1
 
 
 SECTIONS: dict[str, tuple[Panel, ...]] = {
     "Does it learn?": (
         Panel("Evaluation return, mean ± spread", {"": "eval/return_mean"}, spread="eval/return_std"),
-        Panel("Evaluation success rate", {"": "eval/success_rate"}),
+        Panel("Evaluation success rate", {"": "eval/success_rate"}, share=True),
         Panel("Return of training episodes", {"": "episode/return"}, episodes=True),
-        Panel("Success of training episodes", {"": "episode/success"}, episodes=True),
-        Panel("Largest reward of a control step", {"evaluation": "eval/max_reward_mean"}),
-        Panel("Control steps to success", {"evaluation": "eval/time_to_success_mean"}),
+        Panel("Success of training episodes", {"": "episode/success"}, episodes=True, share=True),
+        Panel("Largest reward of a control step, evaluation", {"": "eval/max_reward_mean"}),
+        Panel("Control steps to success, evaluation", {"": "eval/time_to_success_mean"}),
     ),
     "Is the model right?": (
         Panel(
@@ -57,7 +58,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("KL, nats", {"plain": "model/kl", "loss, after free nats": "model/kl_loss"}),
         Panel("Entropy of the latents, nats", {"prior": "model/prior_entropy", "posterior": "model/post_entropy"}),
         Panel("Reward loss", {"": "model/reward_loss"}),
-        Panel("Share of latents in use", {"": "model/latents_used"}),
+        Panel("Share of latents in use", {"": "model/latents_used"}, share=True),
         Panel("Gradient norm of the model", {"": "model/grad_norm"}, log=True),
     ),
     "Is the policy healthy?": (
@@ -69,17 +70,21 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("Imagined reward a step", {"": "behaviour/imagined_reward"}),
         Panel("Policy entropy, nats", {"": "behaviour/entropy"}),
         Panel("Actions in imagination", {"mean": "behaviour/action_mean", "spread": "behaviour/action_std"}),
-        Panel("Share of saturated actions", {"": "behaviour/action_saturated"}),
+        Panel("Share of saturated actions", {"": "behaviour/action_saturated"}, share=True),
         Panel("Actor loss", {"": "behaviour/actor_loss"}),
         Panel("Value loss", {"": "behaviour/value_loss"}),
+        Panel("Gradient norms", {"actor": "behaviour/actor_grad_norm", "value": "behaviour/value_grad_norm"}, log=True),
     ),
     "How fast is it?": (
         Panel("Per second", {"env steps": "perf/env_steps_per_s", "updates": "perf/updates_per_s"}),
         Panel(
             "Share of time",
             {"updates": "perf/share_update", "env": "perf/share_env", "evaluation": "perf/share_eval"},
+            share=True,
         ),
         Panel("Memory, GB", {"RAM": "perf/ram_gb", "GPU": "perf/gpu_gb", "replay": "replay/gb"}),
+        Panel("Share of time spent on videos", {"": "perf/share_video"}),
+        Panel("Agent steps in the replay", {"": "replay/steps"}),
         Panel("Updates skipped", {"": "optim/skipped"}),
     ),
 }
@@ -88,6 +93,11 @@ FRAMES = {  # kind of video -> title and the frames of it that are shown, as sha
     "openloop": (f"Open-loop prediction: {CONTEXT} frames seen, then imagined", (0.08, 0.4, 1.0)),
     "dream": ("What the policy imagines", (0.08, 0.12, 0.4, 0.7, 1.0)),
 }
+PLOT_STYLE = {
+    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#9999aa",
+    "axes.grid": True, "grid.color": "#e8eaed", "legend.edgecolor": "none", "legend.framealpha": 0.7,
+    "svg.hashsalt": "report",
+}  # fmt: skip
 STYLE = """
 :root { color-scheme: light; }
 body { margin: 0 auto; max-width: 1320px; padding: 24px 28px 60px; background: #fafafa; color: #1f2328;
@@ -97,16 +107,17 @@ h2 { font-size: 19px; margin: 34px 0 10px; }
 h3 { font-size: 15px; margin: 18px 0 6px; }
 .note { color: #667; font-size: 13px; font-weight: 400; margin: 0 0 14px; }
 .cards { display: flex; flex-wrap: wrap; gap: 10px; margin: 10px 0; }
-.card { background: #fff; border: 1px solid #e3e5e8; border-radius: 8px; padding: 8px 14px; }
-.card b { display: block; font-size: 20px; font-variant-numeric: tabular-nums; }
+.card { background: #fff; border: 1px solid #e3e5e8; border-radius: 8px; padding: 6px 11px; }
+.card b { display: block; font-size: 19px; font-variant-numeric: tabular-nums; }
 .card span { color: #667; font-size: 12px; }
 .run { font-weight: 600; }
 .run i, summary i { display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin-right: 6px; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(400px, 1fr)); gap: 12px; }
 .grid img { width: 100%; background: #fff; border: 1px solid #e3e5e8; border-radius: 8px; }
 .frames { display: flex; flex-wrap: wrap; gap: 8px; }
-.frames img { height: 216px; border-radius: 4px; }
-.frames.openloop img { height: 390px; }
+.frames img { height: 184px; border-radius: 4px; }
+.frames.dream img { height: 150px; }
+.frames.openloop img { height: 385px; }
 table { border-collapse: collapse; background: #fff; font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { border: 1px solid #e3e5e8; padding: 3px 10px; text-align: right; }
 th { background: #f1f3f5; font-weight: 600; }
@@ -183,7 +194,8 @@ def _page(runs: list[RunData]) -> str:
         images = [image for panel in panels if (image := _plot(panel, runs))]
         shown |= {metric for panel in panels for metric in panel.metrics.values()}
         if images:
-            parts.append(f"<h2>{name}</h2><div class=grid>{''.join(images)}</div>")
+            axis = "" if len(parts) > 1 + len(runs) else " <span class=note>all curves over control steps</span>"
+            parts.append(f"<h2>{name}{axis}</h2><div class=grid>{''.join(images)}</div>")
     parts.append("<h2>What it looks like</h2>" + "".join(_pictures(run, len(runs) > 1) for run in runs))
     parts.append("<h2>Evaluations</h2>" + "".join(_evaluations(run, len(runs) > 1) for run in runs))
     parts.append("<h2>Configuration</h2>" + _configuration(runs))
@@ -316,9 +328,7 @@ def _plot(panel: Panel, runs: list[RunData]) -> str:
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    with matplotlib.rc_context({"font.size": 9, "svg.hashsalt": "report", "axes.spines.top": False,
-                                "axes.spines.right": False, "axes.edgecolor": "#99a", "axes.grid": True,
-                                "grid.color": "#e8eaed", "legend.frameon": False}):  # fmt: skip
+    with matplotlib.rc_context(PLOT_STYLE):
         figure = Figure(figsize=(5.0, 2.7), layout="constrained")
         axes = figure.subplots()
         axes.set_title(panel.title, loc="left", fontsize=10, fontweight="bold", color="#1f2328")
@@ -331,7 +341,7 @@ def _plot(panel: Panel, runs: list[RunData]) -> str:
                 "label": label if run is curves[0][0] or not several else None,
             }
             if panel.episodes:
-                axes.plot(steps, values, ".", markersize=2.5, alpha=0.35, color=style["color"], markeredgewidth=0)
+                axes.plot(steps, values, ".", markersize=4, alpha=0.3, color=style["color"], markeredgewidth=0)
                 steps, values = _running_mean(steps, MEAN_OF), _running_mean(values, MEAN_OF)
             few = len(steps) < 40 and not panel.episodes
             axes.plot(steps, values, marker="o" if few else None, markersize=2.5, **style)
@@ -342,9 +352,13 @@ def _plot(panel: Panel, runs: list[RunData]) -> str:
         if panel.log and all((values > 0).any() for *_, values in curves):
             axes.set_yscale("log")
         if any(label for _, _, label, *_ in curves):
-            axes.legend(fontsize=8, ncols=2, loc="best", handlelength=1.6)
+            legend = axes.legend(fontsize=8, ncols=2, loc="best", handlelength=1.8)
+            for line in legend.get_lines() if several else ():
+                line.set_color("#444444")  # the dashes tell metrics apart, the colours runs
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.margins(x=0.02)
+        if panel.share:
+            axes.set_ylim(-0.03, 1.03)
         file = io.BytesIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
     return _image("svg+xml", file.getvalue(), panel.title)
@@ -378,7 +392,7 @@ def _frames(path: Path, shares: Sequence[float]) -> list[bytes]:
     import imageio.v2 as imageio
 
     with imageio.get_reader(path) as reader:
-        frames = list(reader)
+        frames = list(reader.iter_data())
     chosen = [frames[round(share * (len(frames) - 1))] for share in shares]
     return [imageio.imwrite("<bytes>", frame, format="jpg", quality=85) for frame in chosen]
 

@@ -579,7 +579,8 @@ def preflight(run: Run, flags: dict, wandb_mode: tuple[str, str]) -> None:
     if need > free:
         rows = int(c.capacity * free / need * 0.9)
         raise UserError(f"capacity {c.capacity} needs {need / 1e9:.1f} GB but {free / 1e9:.1f} are free: try {rows}")
-    say(f"run folder {run.run_dir}, W&B {wandb_mode[0]} ({wandb_mode[1]})")
+    say(f"W&B {wandb_mode[0]} ({wandb_mode[1]})")
+    say(f"run folder {run.run_dir}")
 
 
 def farewell(run: Run) -> None:
@@ -594,7 +595,8 @@ def farewell(run: Run) -> None:
         "curves": f"python run.py --report {folder}",
     }
     if run.logger.wandb:
-        lines["W&B"] = run.logger.wandb.url or f"wandb leet {folder}/wandb"
+        wandb_run = run.logger.wandb
+        lines["W&B"] = f"wandb leet {folder}/wandb" if wandb_run.offline else wandb_run.url
     for name, where in lines.items():
         print(f"  {name:<8} {where}")
 
