@@ -151,7 +151,16 @@ def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
         import imageio.v2 as imageio
 
         path.parent.mkdir(exist_ok=True)
-        imageio.mimwrite(aside, frames, fps=fps, codec="libx264", quality=8, macro_block_size=16)
+        # veryfast takes a third of the time of the standard one
+        imageio.mimwrite(
+            aside,
+            frames,
+            fps=fps,
+            codec="libx264",
+            quality=8,
+            macro_block_size=16,
+            output_params=["-preset", "veryfast"],
+        )
         if b"moov" not in aside.read_bytes():  # the index, written last; ffmpeg's own failure is not always reported
             raise OSError("the file is cut off; is the disk full?")
         os.replace(aside, path)
@@ -507,9 +516,10 @@ def _film(
 ) -> np.ndarray:
     """Rows label -> (T, B, 3, h, h) in [0, 1], with a header line and, if given, a text under each column."""
     zoom = max(1, PANEL // next(iter(rows.values())).shape[-1])
-    video = np.concatenate(list(rows.values()), axis=3)  # (T, B, 3, rows * h, h)
+    pixels = [(row.clip(0, 1) * 255).round().astype(np.uint8) for row in rows.values()]
+    video = np.concatenate(pixels, axis=3)  # (T, B, 3, rows * h, h)
     video = np.concatenate(np.moveaxis(np.moveaxis(video, 2, -1), 1, 0), axis=2)  # (T, rows * h, B * h, 3)
-    video = (video.clip(0, 1) * 255).round().astype(np.uint8).repeat(zoom, 1).repeat(zoom, 2)
+    video = video.repeat(zoom, 1).repeat(zoom, 2)
     height, width = video.shape[1] // len(rows), MARGIN + video.shape[2]
     video[:, height - 1 :: height] = video[:, :, height - 1 :: height] = LINE  # thin lines between panels
     labels = np.concatenate([text_strip(MARGIN, [(6, label, WHITE)], height) for label in rows])
