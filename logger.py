@@ -128,6 +128,8 @@ class Logger:
         except (wandb.Error, OSError, RuntimeError) as error:
             self.wandb = None
             self.warn("W&B is off from here on", (str(error) or type(error).__name__).splitlines()[0])
+            with contextlib.suppress(wandb.Error, OSError, RuntimeError):
+                wandb.teardown()  # or its exit hook stumbles over the same, with a traceback
 
 
 def read_metrics(run_dir: Path) -> tuple[list[dict], int]:
@@ -250,7 +252,7 @@ def _start_wandb(run_dir: Path, config: dict, mode: str, run_id: str):
         settings=wandb.Settings(
             silent=True,
             console="off",
-            init_timeout=60,  # seconds
+            init_timeout=30,  # seconds
             x_disable_stats=True,
             # Host, user, paths, git remotes and packages installed from a folder name people.
             x_disable_meta=True,

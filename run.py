@@ -508,6 +508,7 @@ class Run:
         self.logger.scalars(p.step, summary | analysis.metrics)
         tqdm.write(f"step {p.step}: {describe(summary)}")
         if film:
+            self.show(bar, "evaluate", "videos")
             self.watch.seconds["video"] += result.render_seconds
             with self.watch("video"):
                 self.film(result, analysis, draws)
@@ -587,7 +588,8 @@ def farewell(run: Run) -> None:
     """Say what a finished run gave, and where it is."""
     p, folder = run.progress, shlex.quote(str(run.run_dir))
     print(f"done: {p.step} steps, {p.episode} episodes, {run.agent.updates} updates")
-    print(f"best evaluation return {p.best:.1f}, best success rate {run.logger.best_success:.0%}")
+    if p.evaluated:
+        print(f"best evaluation return {p.best:.1f}, best success rate {run.logger.best_success:.0%}")
     lines = {
         "numbers": f"{folder}/metrics.jsonl",
         "videos": f"{folder}/videos",

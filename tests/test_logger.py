@@ -7,6 +7,7 @@ import resource
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +20,7 @@ from logger import EpisodeStats, Evaluation, Logger, Recording
 from tiny import ACTION_SIZE, image_shape, seeded, tiny_config, tiny_dreamer
 from train import CONTEXT, Prediction
 
+ROOT = Path(__file__).parent.parent
 CONFIG = {"task": "Lift", "preset": "debug", "robot": "Panda", "controller": "OSC_POSITION", "horizon": 15}
 
 
@@ -154,6 +156,30 @@ def test_wandb_that_fails_costs_one_warning(tmp_path, monkeypatch, capsys):
     log.scalars(3, {"a": 3})
     log.close()
     assert capsys.readouterr().out.count("warning") == 1
+    assert [line["a"] for line in lines(tmp_path)] == [1, 2, 3]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds W&B's process in /proc")
+def test_wandb_whose_process_is_killed_costs_one_warning(tmp_path):
+    """The run goes on, its metrics are complete, and nothing but the warning is printed, also at exit."""
+    code = f"""
+import os, pathlib, signal, time
+from logger import Logger
+log = Logger(pathlib.Path({str(tmp_path)!r}), {CONFIG!r}, "offline")
+log.scalars(1, {{"a": 1}})
+tasks = pathlib.Path(f"/proc/{{os.getpid()}}/task")
+children = {{int(pid) for file in tasks.glob("*/children") for pid in file.read_text().split()}}
+assert children
+for pid in children:
+    os.kill(pid, signal.SIGKILL)
+time.sleep(0.5)
+for step in (2, 3):
+    log.scalars(step, {{"a": step}})
+log.close()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert done.stdout.count("\n") == 1 and done.stdout.startswith("warning: W&B is off from here on")
     assert [line["a"] for line in lines(tmp_path)] == [1, 2, 3]
 
 
