@@ -245,7 +245,7 @@ def _start_wandb(run_dir: Path, config: dict, mode: str, run_id: str):
         group=f"{config['task']}_{config['preset']}",
         job_type="train",
         tags=[config["task"], config["robot"], config["controller"], config["preset"]],
-        config=config,
+        config={name: value for name, value in config.items() if name != "run_dir"},
         dir=str(run_dir),
         id=run_id or None,
         resume="allow" if run_id and mode == "online" else None,

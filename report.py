@@ -18,7 +18,7 @@ from train import Config
 
 COLOURS = ("#0b6fb8", "#d9730d", "#2a9d5c", "#c23b6b", "#7a5bc9", "#8a6d3b", "#4b9fb5", "#777777")
 DASHES = ("-", "--", ":", "-.")  # of metrics, where colours tell runs apart
-MEAN_OF = 10  # episodes in a running mean
+MEAN_OF = 10  # episodes in a running mean, as the titles say
 
 
 class ReportError(Exception):
@@ -40,8 +40,8 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
     "Does it learn?": (
         Panel("Evaluation return, mean ± spread", {"": "eval/return_mean"}, spread="eval/return_std"),
         Panel("Evaluation success rate", {"": "eval/success_rate"}, share=True),
-        Panel("Return of training episodes", {"": "episode/return"}, episodes=True),
-        Panel("Success of training episodes", {"": "episode/success"}, episodes=True, share=True),
+        Panel("Return of training episodes, mean of 10", {"": "episode/return"}, episodes=True),
+        Panel("Success of training episodes, mean of 10", {"": "episode/success"}, episodes=True, share=True),
         Panel("Largest reward of a control step, evaluation", {"": "eval/max_reward_mean"}),
         Panel("Control steps to success, evaluation", {"": "eval/time_to_success_mean"}),
     ),
@@ -91,7 +91,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
 FRAMES = {  # kind of video -> title and the frames of it that are shown, as shares of its length
     "eval": ("An evaluation episode: the robot, and what the agent sees", (0.0, 0.25, 0.5, 0.75, 1.0)),
     "openloop": (f"Open-loop prediction: {CONTEXT} frames seen, then imagined", (0.08, 0.4, 1.0)),
-    "dream": ("What the policy imagines", (0.08, 0.12, 0.4, 0.7, 1.0)),
+    "dream": ("What the policy imagines", (0.1, 0.388, 1.0)),
 }
 PLOT_STYLE = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#9999aa",

@@ -244,7 +244,7 @@ def evaluate(
     draws = Draws(torch.Generator(device).manual_seed(EVAL_SEED))
     result = Evaluation([], [])
     for episode in range(episodes):
-        image, info = env.reset(seed=EVAL_SEED + episode)
+        image, _ = env.reset(seed=EVAL_SEED + episode)
         stats, state, done = EpisodeStats(repeat), None, False
         rows, renders = [(image, np.zeros(env.action_space.shape, np.float32), 0.0, False)], []
         while True:
