@@ -3,6 +3,7 @@
 The local files are the truth; W&B mirrors them when it is installed and not disabled.
 """
 
+import contextlib
 import importlib.util
 import json
 import netrc
@@ -28,8 +29,13 @@ class Logger:
 
     def __init__(self, run_dir: Path, config: dict, wandb_mode: str, wandb_id: str = "", size: int = 0):
         self.run_dir = run_dir
-        self.file = open(run_dir / "metrics.jsonl", "ab")
-        self.file.truncate(size)
+        # Where the disk is full, lines wait in this buffer: a megabyte is more than a thousand of them.
+        self.file = open(run_dir / "metrics.jsonl", "ab", buffering=1 << 20)
+        if self.file.seek(0, os.SEEK_END) < size:
+            tqdm.write("warning: metrics.jsonl is shorter than it was at the checkpoint: lines are lost")
+        else:
+            self.file.truncate(size)
+            self.file.seek(0, os.SEEK_END)
         self.wandb = None
         if wandb_mode != "disabled":
             self.wandb = _start_wandb(run_dir, config, wandb_mode, wandb_id)
@@ -46,10 +52,16 @@ class Logger:
     def scalars(self, env_step: int, metrics: dict[str, float]) -> None:
         """Append one line to metrics.jsonl."""
         line = {"env_step": env_step} | {name: _short(value) for name, value in metrics.items()}
-        self.file.write((json.dumps(line) + "\n").encode())
-        self.file.flush()
+        with contextlib.suppress(OSError):  # the line waits in the buffer; sync() raises this before every save
+            self.file.write((json.dumps(line) + "\n").encode())
+            self.file.flush()
         if self.wandb:
             self.wandb.log(line)
+
+    def sync(self) -> None:
+        """Put all lines on the disk; OSError where that is impossible."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
 
     def video(self, env_step: int, name: str, frames: np.ndarray, fps: float) -> Path | None:
         """Write frames uint8 (T, H, W, 3), sides multiples of 16, as videos/<name>_<env_step>.mp4."""
@@ -63,7 +75,10 @@ class Logger:
         return path
 
     def close(self) -> None:
-        self.file.close()
+        try:
+            self.file.close()
+        except OSError as error:
+            tqdm.write(f"warning: the last lines of metrics.jsonl are lost: {error.strerror}")
         if self.wandb:
             self.wandb.finish()
 
