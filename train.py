@@ -665,10 +665,10 @@ def _gradients(prefix: str, module: nn.Module, loss: Tensor) -> dict[str, Tensor
 def gradient_deviation(gradients: dict[str, Tensor], reference: dict[str, Tensor]) -> tuple[float, str]:
     """The largest relative difference of a gradient from its reference on the CPU, and its parameter's name.
 
-    Relative to the norm of the parameter's own gradient, or to a thousandth of the norm of all of them where that
+    Relative to the norm of the parameter's own gradient, or to a millionth of the norm of all of them where that
     is more: rounding alone decides what a gradient is that cancels to almost zero.
     """
-    floor = 1e-3 * float(torch.nn.utils.get_total_norm(list(reference.values())))
+    floor = 1e-6 * float(torch.nn.utils.get_total_norm(list(reference.values())))
     worst, where = 0.0, ""
     for name, expected in reference.items():
         difference = float((gradients[name].cpu() - expected).norm())

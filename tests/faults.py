@@ -32,6 +32,20 @@ class NoisyEnv(FakeEnv):
         return super().step(np.clip(action + np.float32(noise), -1, 1))
 
 
+class HangingEnv(FakeEnv):
+    """The second of several environments stops answering at its 50th step."""
+
+    def __init__(self, *, seed, **options):
+        super().__init__(seed=seed, **options)
+        self.left = 50 if seed == 1 else -1
+
+    def step(self, action):
+        self.left -= 1
+        if self.left == 0:
+            time.sleep(1000)
+        return super().step(action)
+
+
 def train(run_dir: Path, flags: str = "", make_env=FakeEnv) -> int:
     return run.main([*TINY.split(), *SHORT.split(), *flags.split(), "--run_dir", str(run_dir)], make_env)
 

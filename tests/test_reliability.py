@@ -3,7 +3,9 @@
 import copy
 import os
 import random
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,20 +47,19 @@ def no_videos(monkeypatch):
 
 def scratch(path: Path, to: Path) -> Path:
     """A copy of a run folder to be spoilt."""
-    import shutil
-
     return Path(shutil.copytree(path, to))
 
 
 # ------------------------------------------------------------------------------------------ exact resume
 
 
-def test_a_run_resumed_at_any_checkpoint_ends_bit_for_bit_where_the_straight_run_does(straight):
+def test_a_run_resumed_at_any_checkpoint_ends_bit_for_bit_where_the_straight_run_does(straight, tmp_path):
     """R1: weights, moments, generators, replay (by the hash of its rows), counters and metrics, at each of them."""
     state = straight["end"]["state"]
     assert state["progress"]["episode"] == 8 and state["agent"]["updates"] >= 40
     assert len(state["replay"]) < 8 and len(straight["copies"]) == 8
-    for folder in straight["copies"][:-1]:
+    for copied in straight["copies"][:-1]:
+        folder = scratch(copied, tmp_path / copied.name)
         assert faults.train(folder, make_env=NoisyEnv) == 0
         assert difference(fingerprint(folder), straight["end"]) == "", folder.name
 
@@ -220,7 +221,7 @@ def send_once(number: int, condition=lambda *_: True):
 def stop_in(place: str, number: int, patch: pytest.MonkeyPatch) -> None:
     """Arrange for a signal in the fourth episode or thereabouts: in an update, a step, an evaluation or a save."""
     if place == "update":
-        send = send_once(number, lambda agent, _: agent.updates == 21)
+        send = send_once(number, lambda agent, _: agent.updates == 17)
         step = training.Dreamer.train_step
         patch.setattr(training.Dreamer, "train_step", lambda self, batch: (send(self, batch), step(self, batch))[1])
     elif place in ("episode", "evaluation"):
@@ -445,39 +446,40 @@ class StarvingEnv(NoisyEnv):
         return super().step(action)
 
 
-def test_a_full_disk_costs_a_warning_and_the_next_save_works(straight, tmp_path):
+def test_a_full_disk_costs_a_warning_and_the_next_save_works(tmp_path):
     """R7: no byte, 1 KB, half and 99 % of a checkpoint can be written: old checkpoint valid, training goes on.
 
-    The error is EFBIG; one warning an outage, and the end is that of the straight run.
+    The error is EFBIG; there is one warning an outage, and the end is that of the undisturbed run.
     """
-    size = checkpoint.list_checkpoints(straight["run"])[0].stat().st_size
+    flags = "--eval_every 1000 --cnn_depth 8"  # a checkpoint is larger than an episode, so that it meets the limit
+    assert faults.train(tmp_path / "straight", flags, NoisyEnv) == 0
+    size = checkpoint.list_checkpoints(tmp_path / "straight")[0].stat().st_size
+    assert size // 2 > max(path.stat().st_size for path in (tmp_path / "straight" / "replay").iterdir())
 
     def work():
-        # Evaluations, which start at a reset of another environment, are not limited apart from that.
-        StarvingEnv.limits = {1: 0, 3: 1024, 5: size // 2, 6: size * 99 // 100}
-        seen = []
+        StarvingEnv.limits = {0: 0, 2: 1024, 4: size // 2, 6: size * 99 // 100}
         save = checkpoint.save_checkpoint
 
-        def spy(run_dir, step, state, best_step=-1):
+        def spy(run_dir, *args):
             try:
-                path = save(run_dir, step, state, best_step)
+                return save(run_dir, *args)
             finally:
-                loaded = checkpoint.load_checkpoint(run_dir)
-                seen.append(loaded and loaded[0]["progress"]["step"])
-            return path
+                print("on disk:", checkpoint.load_checkpoint(run_dir)[0]["progress"]["step"])
 
         checkpoint.save_checkpoint = spy
-        code = faults.train(tmp_path / "run", "--eval_every 1000", StarvingEnv)
-        print("valid:", seen)
-        return code
+        return faults.train(tmp_path / "run", flags, StarvingEnv)
 
     code, output = Fork(work).finish(120)
     assert code == 0, output
-    assert output.count("can't be written to") == 4 and output.count("saved again") == 3, output
-    assert "warning" not in output.replace("can't be written to", "", 4).replace("warning: ", "", 4), output
-    assert difference(newest(tmp_path / "run")["agent"], straight["end"]["state"]["agent"]) == ""
-    steps = [line["env_step"] for line in metrics(tmp_path / "run") if "episode/return" in line]
-    assert steps == list(range(20, 161, 20))
+    events = [line for line in output.splitlines() if re.match("warning|on disk|step .* saved", line)]
+    assert [re.sub(r"warning: .* can't be written to, training goes on: .*", "warning", x) for x in events] == [
+        *("warning", "on disk: 40", "step 40: saved again"),
+        *("warning", "on disk: 80", "step 80: saved again"),
+        *("on disk: 80", "warning", "on disk: 120", "step 120: saved again"),
+        *("on disk: 120", "warning", "on disk: 160", "step 160: saved again"),
+    ]
+    assert output.count("File too large") == 4
+    assert difference(fingerprint(tmp_path / "run"), fingerprint(tmp_path / "straight")) == ""
 
 
 # ------------------------------------------------------------------------------------------ guards
@@ -672,9 +674,6 @@ def test_gradients_that_differ_from_the_cpus_stop_the_run(tmp_path, monkeypatch,
         found = gradients(self, batch, draws)
         if isinstance(draws, training.RecordedDraws):
             return found  # the reference
-        return found | {"world_model.rssm.gru.weight": torch.zeros(1)} if not found else _off(found)
-
-    def _off(found):
         name = next(iter(found))
         return found | {name: found[name] * 1.01}
 
@@ -685,8 +684,7 @@ def test_gradients_that_differ_from_the_cpus_stop_the_run(tmp_path, monkeypatch,
         self.gradients_checked = False
 
     monkeypatch.setattr(run.Run, "__init__", as_on_mps)
-    straight = faults.train(tmp_path / "right", "--steps 60")
-    assert straight == 0
+    assert faults.train(tmp_path / "right", "--steps 60") == 0
     monkeypatch.setattr(training.Dreamer, "gradients", wrong)
     assert faults.train(tmp_path / "wrong", "--steps 60") == 1
     error = capsys.readouterr().err
@@ -707,7 +705,7 @@ def test_comparing_gradients_changes_nothing():
 def test_a_deviation_is_relative_to_the_gradient_and_found_with_its_name():
     """R31: one per mille is the limit; rounding in gradients that cancel is none; a NaN is."""
     reference = {"a": torch.full((4,), 2.0), "b": torch.full((4,), 1e-9)}
-    same = training.gradient_deviation({"a": torch.full((4,), 2.001), "b": torch.full((4,), 2e-9)}, reference)
+    same = training.gradient_deviation({"a": torch.full((4,), 2.001), "b": torch.full((4,), 1.1e-9)}, reference)
     assert same == (pytest.approx(5e-4, rel=0.01), "a")
     off = training.gradient_deviation(reference | {"b": torch.full((4,), 0.1)}, reference)
     assert off[0] > 1 and off[1] == "b"
@@ -730,33 +728,75 @@ def test_two_processes_cannot_share_a_run_folder(tmp_path):
     assert Fork(lambda: faults.train(tmp_path / "run")).finish(60)[0] == 0
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+TWO_WORKERS = "--num_envs 2 --prefill 40 --steps 100000 --checkpoint_minutes 60 --eval_every 1000000"
+needs_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+
+def with_two_workers(run_dir: Path, make_env=FakeEnv, episodes: int = 4) -> tuple[Fork, set[int]]:
+    """A run with two workers that has finished some episodes, and the processes below it."""
+
+    def work():
+        os.setpgid(0, 0)
+        return faults.train(run_dir, TWO_WORKERS, make_env)
+
+    process, deadline = Fork(work), time.monotonic() + 120
+    while len(list(run_dir.glob("replay/*.npz"))) < episodes:
+        assert process.running() and time.monotonic() < deadline
+        time.sleep(0.05)
+    below = descendants(process.pid)
+    assert len(below) >= 2
+    return process, below
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def assert_gone(pids: set[int], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while any(map(alive, pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@needs_proc
 def test_no_worker_outlives_a_killed_run_and_none_keeps_the_lock(tmp_path):
-    """kill -9 of a run with two workers, one of which hangs: 10 s later all are gone; the lock at once."""
-    run_dir = tmp_path / "run"
-    first = Fork(lambda: faults.train(run_dir, "--num_envs 2 --prefill 40 --steps 100000 --save_replay false"))
-    deadline = time.monotonic() + 120
-    while not list(run_dir.glob("checkpoint_*.pt")):
-        assert first.running() and time.monotonic() < deadline
-        time.sleep(0.1)
-    workers = descendants(first.pid)
-    assert len(workers) >= 2
-    os.kill(first.pid, signal.SIGKILL)
-    first.finish(10)
-    lock = checkpoint.RunLock(run_dir)
+    """kill -9 of a run, one of whose two workers hangs: the lock is free at once, and 10 s later all are gone."""
+    process, below = with_two_workers(tmp_path / "run", faults.HangingEnv)
+    time.sleep(0.5)  # into the third episode, where it hangs
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.finish(10)[0] == -signal.SIGKILL
+    lock = checkpoint.RunLock(tmp_path / "run")
     lock.acquire()
     lock.release()
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{worker}").exists() and not _is_zombie(worker) for worker in workers):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    assert_gone(below, 10)
 
 
-def _is_zombie(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
+@needs_proc
+def test_a_signal_to_the_whole_process_group_saves_too(tmp_path):
+    """R6: as schedulers and `timeout` send it: the workers die of it, and the run still saves; exit code 143."""
+    process, below = with_two_workers(tmp_path / "run")
+    os.killpg(process.pid, signal.SIGTERM)
+    code, output = process.finish(10)
+    assert code == 143, output
+    assert newest(tmp_path / "run")["progress"]["episode"] >= 4
+    assert_gone(below, 10)
+
+
+@needs_proc
+def test_a_worker_that_is_killed_ends_the_run_with_its_state_saved(tmp_path):
+    """As where memory runs out: exit code 1, one line, and nothing is left behind."""
+    process, below = with_two_workers(tmp_path / "run")
+    worker = next(pid for pid in below if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    os.kill(worker, signal.SIGKILL)
+    code, output = process.finish(20)
+    assert code == 1 and output.count("error: ") == 1 and "exit codes: [" in output and "-9" in output, output
+    assert "Traceback" not in output
+    assert newest(tmp_path / "run")["progress"]["episode"] >= 4
+    assert_gone(below, 10)
 
 
 # ------------------------------------------------------------------------------------------ long ones
