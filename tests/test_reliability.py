@@ -924,10 +924,10 @@ def test_a_run_does_not_need_wandb(how, tmp_path):
 
 @pytest.mark.slow
 def test_a_small_full_disk_is_survived(tmp_path):
-    """R7 with ENOSPC, on a tmpfs of 2 MB, where mounting one is allowed."""
+    """R7 with ENOSPC, on a tmpfs of 8 MB, where mounting one is allowed."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("may not mount a tmpfs")
     try:
 
