@@ -106,7 +106,7 @@ class OneHot:
 
     def rsample(self, draws: Draws) -> Tensor:
         probs = self.logit.softmax(-1)
-        return draws.onehot(self.logit.detach()) + (probs - probs.detach())
+        return draws.onehot(probs.detach()) + (probs - probs.detach())
 
     def log_prob(self, action: Tensor) -> Tensor:
         return (action.detach() * self.logit.log_softmax(-1)).sum(-1)

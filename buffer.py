@@ -86,6 +86,11 @@ class ReplayBuffer:
         """Rows held."""
         return sum(min(n, self.rows) for n in self.written)
 
+    @property
+    def steps(self) -> int:
+        """Agent steps held: rows without those of resets."""
+        return len(self) - sum(len(episodes) for episodes in self.episodes)
+
     def bytes(self, steps: int) -> int:
         """Memory, and disk, that the rows of `steps` agent steps take, or of a full buffer if that is less."""
         row = sum(getattr(self, name)[0].nbytes for name in self.COLUMNS)

@@ -22,13 +22,15 @@ class Draws:
     def __init__(self, generator: torch.Generator | None = None):
         self.generator = generator
 
-    def onehot(self, logits: Tensor) -> Tensor:
-        """One-hot sample of categoricals with `logits` (..., K), of the same shape."""
-        # The smallest of exponentials with rates p is a draw from p (as in torch.multinomial), and log p - log e
-        # needs no normalisation of the logits.
-        noise = torch.empty_like(logits).exponential_(generator=self.generator)
-        index = (logits - noise.log_()).argmax(-1, keepdim=True)
-        return torch.zeros_like(logits).scatter_(-1, index, 1.0)
+    def onehot(self, probs: Tensor) -> Tensor:
+        """One-hot sample of categoricals with `probs` (..., K), of the same shape."""
+        # One uniform number a categorical, looked up in the cumulative distribution: on a CPU 14 times as fast as
+        # noise for each class (Gumbel, or torch.multinomial), which took a tenth of an update.
+        cumulative = probs.cumsum(-1)
+        cumulative[..., -1] = 1.0 + probs.shape[-1]  # rounding must not leave the last class out of reach
+        uniform = torch.empty_like(probs[..., :1]).uniform_(generator=self.generator)
+        index = (cumulative > uniform).to(torch.uint8).argmax(-1, keepdim=True)  # the first that exceeds it
+        return torch.zeros_like(probs).scatter_(-1, index, 1.0)
 
     def normal(self, mean: Tensor) -> Tensor:
         """Standard normal noise of `mean`'s shape."""
@@ -62,8 +64,8 @@ class RecordedDraws(Draws):
         self.record.append(draw.detach().clone())
         return draw
 
-    def onehot(self, logits: Tensor) -> Tensor:
-        return self._keep(super().onehot(logits))
+    def onehot(self, probs: Tensor) -> Tensor:
+        return self._keep(super().onehot(probs))
 
     def normal(self, mean: Tensor) -> Tensor:
         return self._keep(super().normal(mean))
@@ -82,8 +84,8 @@ class ReplayedDraws(Draws):
         super().__init__()
         self.record = iter(record)
 
-    def onehot(self, logits: Tensor) -> Tensor:
-        return next(self.record).to(logits.device)
+    def onehot(self, probs: Tensor) -> Tensor:
+        return next(self.record).to(probs.device)
 
     def normal(self, mean: Tensor) -> Tensor:
         return next(self.record).to(mean.device)
@@ -93,6 +95,12 @@ class ReplayedDraws(Draws):
 
     def subset(self, total: int, count: int, device: torch.device) -> Tensor:
         return next(self.record).to(device)
+
+
+def low_precision(x: Tensor) -> Tensor:
+    """`x` in the type that autocast would give it at the next matrix product: a cast there and then, made once."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def init_weights(module: nn.Module) -> None:
@@ -114,7 +122,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for dense in self.dense:
-            x = F.elu(dense(x))
+            x = F.elu(dense(x), inplace=True)
         return x
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from networks import LOG_2PI, Draws, init_weights
+from networks import LOG_2PI, Draws, init_weights, low_precision
 
 GRU_NORM_EPS = 1e-3  # Keras' default
 GRU_UPDATE_BIAS = -1.0  # keeps the old state at first: sigmoid(-1) = 0.27
@@ -32,8 +32,8 @@ class RSSMState(NamedTuple):
 
     @property
     def feat(self) -> Tensor:
-        """(..., F), stoch first."""
-        return torch.cat([self.stoch, self.deter], -1)
+        """(..., F), stoch first; in autocast's precision, as all that reads it is a matrix product."""
+        return torch.cat([low_precision(self.stoch), low_precision(self.deter)], -1)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "RSSMState":
         """The state with `function` applied to each tensor."""
@@ -106,10 +106,12 @@ class RSSM(nn.Module):
         # the GRU, and the embedding's part of the posterior's first layer, which is by far the larger one.
         action_part = F.linear(action * keep, self.img_in.weight[:, self.stoch_size :], self.img_in.bias)
         embed_part = F.linear(embed, self.obs_out.weight[:, self.deter :], self.obs_out.bias)
+        stoch_weight = low_precision(self.img_in.weight[:, : self.stoch_size])
+        deter_weight = low_precision(self.obs_out.weight[:, : self.deter])
         posts = []
         for a, e, k in zip(action_part.unbind(), embed_part.unbind(), keep.unbind(), strict=True):
-            deter = self._deter(state.stoch * k, state.deter * k, a)
-            hidden = F.elu(e + F.linear(deter, self.obs_out.weight[:, : self.deter]))
+            deter = self._deter(state.stoch * k, state.deter * k, a, stoch_weight)
+            hidden = F.elu(e + F.linear(deter, deter_weight))
             stats = self._stats(self.obs_dist(hidden))
             state = RSSMState(deter, self.sample(stats, draws), stats)
             posts.append(state)
@@ -122,25 +124,29 @@ class RSSM(nn.Module):
         return post.map(lambda x: x[0])
 
     def img_step(self, state: RSSMState, action: Tensor, draws: Draws) -> RSSMState:
-        """One imagined step: state (N, ...), action (N, A) -> the next state, drawn from the prior."""
-        weight = self.img_in.weight
-        deter = self._deter(state.stoch, state.deter, F.linear(action, weight[:, self.stoch_size :], self.img_in.bias))
-        stats = self.prior(deter)
-        return RSSMState(deter, self.sample(stats, draws), stats)
+        """One step of `imagine`: state (N, ...), action (N, A) -> the next state, drawn from the prior."""
+        states, _, _ = self.imagine(lambda feat: action, state, 1, draws)
+        return states[1]
 
     def imagine(
         self, policy: Callable[[Tensor], Tensor], start: RSSMState, horizon: int, draws: Draws
-    ) -> tuple[RSSMState, Tensor]:
+    ) -> tuple[list[RSSMState], Tensor, Tensor]:
         """Roll out `policy` (feat (N, F) -> action (N, A)) for `horizon` steps from `start` (N, ...).
 
-        Returns states (H + 1, N, ...), the start first, and actions (H + 1, N, A): action[i] led to state[i], so
-        action[0] is zeros.
+        Returns the H + 1 states, the start first, their features (H + 1, N, F), and actions (H + 1, N, A): action[i]
+        led to state[i], so action[0] is zeros.
         """
-        states, actions = [start], []
+        action_weight = low_precision(self.img_in.weight[:, self.stoch_size :])
+        stoch_weight = low_precision(self.img_in.weight[:, : self.stoch_size])
+        states, feats, actions = [start], [start.feat], []
         for _ in range(horizon):
-            actions.append(policy(states[-1].feat))
-            states.append(self.img_step(states[-1], actions[-1], draws))
-        return stack(states), torch.stack([torch.zeros_like(actions[0]), *actions])
+            actions.append(policy(feats[-1]))
+            action_part = F.linear(actions[-1], action_weight, self.img_in.bias)
+            deter = self._deter(states[-1].stoch, states[-1].deter, action_part, stoch_weight)
+            stats = self.prior(deter)
+            states.append(RSSMState(deter, self.sample(stats, draws), stats))
+            feats.append(states[-1].feat)
+        return states, torch.stack(feats), torch.stack([torch.zeros_like(actions[0]), *actions])
 
     def prior(self, deter: Tensor) -> Tensor:
         """Stats of the prior for deter (..., D)."""
@@ -150,7 +156,7 @@ class RSSM(nn.Module):
         """Draw stoch (..., S * K): straight-through gradients for categories, reparameterised for Gaussians."""
         if self.classes:
             probs = stats.softmax(-1)
-            onehot = draws.onehot(stats.detach())
+            onehot = draws.onehot(probs.detach())
             return (onehot + (probs - probs.detach())).flatten(-2)
         mean, std = stats.unbind(-1)
         return mean + std * draws.normal(mean.detach())
@@ -166,8 +172,8 @@ class RSSM(nn.Module):
             return -(logp.exp() * logp).sum((-2, -1))
         return (stats[..., 1].log() + 0.5 * (1 + LOG_2PI)).sum(-1)
 
-    def _deter(self, stoch: Tensor, deter: Tensor, action_part: Tensor) -> Tensor:
-        x = F.elu(action_part + F.linear(stoch, self.img_in.weight[:, : self.stoch_size]))
+    def _deter(self, stoch: Tensor, deter: Tensor, action_part: Tensor, stoch_weight: Tensor) -> Tensor:
+        x = F.elu(action_part + F.linear(stoch, stoch_weight))
         return self.gru(x, deter)
 
     def _stats(self, raw: Tensor) -> Tensor:

@@ -357,8 +357,11 @@ class Run:
         self.config, self.make_env, self.run_dir, self.device = config, make_env, run_dir, device
         self.envs = envs
         self.eval_env: gymnasium.Env | None = None
-        image_shape = self.envs.single_observation_space.shape
-        action_size = self.envs.single_action_space.shape[0]
+        image_shape = envs.single_observation_space.shape
+        actions = envs.single_action_space
+        if not isinstance(actions, gymnasium.spaces.Box) or (actions.low != -1).any() or (actions.high != 1).any():
+            raise UserError(f"task {config.task}: its action space {actions} is not a Box in [-1, 1]")
+        action_size = actions.shape[0]
         dtype = pick_precision(config.precision, device)
         self.agent = Dreamer(config, image_shape, action_size, device, dtype)
         self.replay = ReplayBuffer(config.capacity, config.num_envs, image_shape, action_size, config.seed)
@@ -512,7 +515,7 @@ class Run:
                 resets = terminated | truncated
 
                 # learn
-                if len(self.replay) >= c.prefill:
+                if self.replay.steps >= c.prefill:
                     self.learn(c.num_envs, bar)
                 self.check_signal()
 
@@ -580,12 +583,14 @@ class Run:
     def learn(self, agent_steps: int, bar: tqdm) -> None:
         """The updates that are due after `agent_steps` more: one for each `train_every`, whatever num_envs is."""
         c, p = self.config, self.progress
-        p.owed += agent_steps
-        updates, p.owed = int(p.owed // c.train_every), p.owed % c.train_every
+        updates = 0
         if not p.pretrained:
-            p.pretrained = True
-            updates += c.pretrain
+            p.pretrained, updates = True, c.pretrain
+            agent_steps = self.replay.steps - c.prefill  # those beyond the prefill
             bar.set_description_str("pretrain")
+        p.owed += agent_steps
+        due = int(p.owed / c.train_every + 1e-9)  # train_every may be a fraction such as 1.6
+        updates, p.owed = updates + due, p.owed - due * c.train_every
         for _ in range(updates):
             batch = self.replay.sample(c.batch_size, c.batch_length).to(self.device)
             if not self.gradients_checked:
@@ -636,7 +641,7 @@ class Run:
                 float(o.skipped)
                 for o in (self.agent.model_optimizer, self.agent.actor_optimizer, self.agent.value_optimizer)
             ),
-            "replay/rows": len(self.replay),
+            "replay/steps": self.replay.steps,
         }
         self.logger.scalars(p.step, metrics)
         self.totals, self.updates_since, self.logged_at, p.logged = {}, 0, now, p.step

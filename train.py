@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from actor import DISTRIBUTIONS, TRUNC_NORMAL_GRADIENTS, Actor
 from buffer import Batch
 from image_codec import IMAGE_SIZES, Decoder, Encoder
-from networks import Draws, RecordedDraws, discount_head, reward_head, value_head
+from networks import LOG_2PI, Draws, RecordedDraws, discount_head, reward_head, value_head
 from rssm import RSSM, RSSMState, kl_loss
 
 
@@ -286,7 +286,8 @@ class WorldModel(nn.Module):
             metrics = {f"model/{name}_loss": value.detach() for name, value in losses.items()}
             metrics |= {
                 "model/loss": loss.detach(),
-                "model/image_mse": (image_dist.mean - target).square().mean(),
+                # what the loss is made of, without another pass over all pixels
+                "model/image_mse": 2 * losses["image"] / math.prod(target.shape[-3:]) - LOG_2PI,
                 "model/kl": kl.mean(),
                 "model/prior_entropy": self.rssm.entropy(prior).mean(),
                 "model/post_entropy": self.rssm.entropy(post.stats).mean(),
@@ -308,8 +309,7 @@ class WorldModel(nn.Module):
             action = actor.distribution(*raws[-1]).rsample(draws)
             return action if differentiable else action.detach()
 
-        state, action = self.rssm.imagine(policy, start, c.horizon, draws)
-        feat = state.feat
+        _, feat, action = self.rssm.imagine(policy, start, c.horizon, draws)
         reward = self.reward(feat).mean
         discount = torch.full_like(reward, c.discount)
         if self.discount is not None:
@@ -332,8 +332,8 @@ class WorldModel(nn.Module):
         post, _ = self.rssm.observe(self.encoder(image[seen]), batch.action[seen], batch.is_first[seen], draws)
         actions = iter(batch.action[context:])
         start, steps = post.map(lambda x: x[-1]), len(batch.action) - context
-        prior, _ = self.rssm.imagine(lambda feat: next(actions), start, steps, draws)
-        feat = torch.cat([post.feat, prior.feat[1:]])
+        _, imagined, _ = self.rssm.imagine(lambda feat: next(actions), start, steps, draws)
+        feat = torch.cat([post.feat, imagined[1:]])
         return image + 0.5, self.decoder(feat).mean + 0.5
 
     def _frames(self, feat: Tensor, image: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
@@ -725,7 +725,7 @@ def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, bootstrap: Te
 
 def preprocess(image: Tensor) -> Tensor:
     """uint8 images -> float32 in [-0.5, 0.5]; the one place where pixels become floats."""
-    return image.float() / 255 - 0.5
+    return image.float().div_(255).sub_(0.5)
 
 
 @contextlib.contextmanager

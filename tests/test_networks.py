@@ -6,7 +6,7 @@ from networks import MLP, Bernoulli, Draws, UnitNormal, discount_head, reward_he
 from tiny import seeded
 
 EVERY_DRAW = {
-    "onehot": lambda draws: draws.onehot(torch.zeros(50, 5)),
+    "onehot": lambda draws: draws.onehot(torch.full((50, 5), 0.2)),
     "normal": lambda draws: draws.normal(torch.zeros(50)),
     "trunc_normal": lambda draws: draws.trunc_normal(torch.zeros(50), torch.ones(50)),
     "subset": lambda draws: draws.subset(50, 20, torch.device("cpu")),
@@ -28,7 +28,7 @@ def test_onehot_frequencies():
     """One-hot samples come with the frequencies of their softmax, whatever is added to the logits."""
     logits = torch.tensor([[0.0, 1.0, -2.0, 3.0], [5.0, 5.0, 5.0, -60.0]]) + torch.tensor([[0.0], [1000.0]])
     count = 40_000
-    samples = seeded().onehot(logits.expand(count, 2, 4))
+    samples = seeded().onehot(logits.softmax(-1).expand(count, 2, 4))
     assert ((samples == 0) | (samples == 1)).all() and (samples.sum(-1) == 1).all()
     probs = logits.softmax(-1)
     deviation = (probs * (1 - probs) / count).sqrt()

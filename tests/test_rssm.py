@@ -125,7 +125,9 @@ def test_imagine_alignment(classes):
     """action[0] is zeros, state 0 the start, and action[i], chosen at state i - 1, led to state i."""
     rssm, horizon = make_rssm(classes), 5
     start = some_state(rssm)
-    states, actions = rssm.imagine(lambda feat: feat[:, :A].tanh(), start, horizon, seeded())
+    steps, feat, actions = rssm.imagine(lambda feat: feat[:, :A].tanh(), start, horizon, seeded())
+    states = stack(steps)
+    assert torch.equal(feat, states.feat)
     assert len(actions) == len(states.deter) == horizon + 1
     assert (actions[0] == 0).all()
     state, draws = start, seeded()

@@ -39,8 +39,8 @@ class FirstCome(Draws):
         super().__init__()
         self.taken = 0
 
-    def onehot(self, logits: Tensor) -> Tensor:
-        return nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+    def onehot(self, probs: Tensor) -> Tensor:
+        return nn.functional.one_hot(probs.argmax(-1), probs.shape[-1]).float()
 
     def subset(self, total: int, count: int, device: torch.device) -> Tensor:
         self.taken += count

@@ -1,0 +1,51 @@
+"""Speed of the real training loop: `run.py` from its first line to its last, on real RoboSuite.
+
+    python benchmarks/loop.py --preset cpu --steps 2500
+
+Takes run.py's flags. The first half of the metric lines is left out (prefill, pretraining, warm-up). The last line
+is one JSON object: env steps and updates a second, and the busy share of the processors.
+"""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+RUN = Path(__file__).resolve().parent.parent / "run.py"
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = Path(folder) / "run"
+        quiet = ["--wandb", "disabled", "--eval_episodes", "1", "--eval_every", "1000000000"]
+        command = [sys.executable, str(RUN), *quiet, *sys.argv[1:], "--run_dir", str(run_dir)]
+        started = time.perf_counter()
+        code = subprocess.run(command, stdout=sys.stderr).returncode
+        wall = time.perf_counter() - started
+        if code:
+            sys.exit(code)
+        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        config = json.loads((run_dir / "config.json").read_text())
+    lines = [line for line in lines if "perf/updates_per_s" in line]
+    late = lines[len(lines) // 2 :]
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = {
+        "preset": config["preset"],
+        "num_envs": config["num_envs"],
+        "train_every": config["train_every"],
+        "env_steps_per_s": round(statistics.median(line["perf/env_steps_per_s"] for line in late), 2),
+        "updates_per_s": round(statistics.median(line["perf/updates_per_s"] for line in late), 3),
+        "cpu_busy": round((used.ru_utime + used.ru_stime) / wall / os.cpu_count(), 2),
+        "cpus": os.cpu_count(),
+        "wall_s": round(wall, 1),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""What the tests share: the folder of the author's recordings, and the table of errors against them."""
+
+import pytest
+
+REFERENCE_ERRORS = pytest.StashKey[list]()
+FILES_A_TABLE = 7  # columns
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--reference", metavar="DIR", help="recordings to replay, by default those in tests/reference")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[REFERENCE_ERRORS] = []
+
+
+@pytest.fixture
+def reference_errors(request: pytest.FixtureRequest) -> list:
+    """Rows (file, quantity, error, tolerance) that are printed when all tests have run."""
+    return request.config.stash[REFERENCE_ERRORS]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    worst: dict[str, dict[str, float]] = {}
+    tolerances: dict[str, float] = {}
+    for file, quantity, error, tolerance in config.stash[REFERENCE_ERRORS]:
+        row = worst.setdefault(quantity, {})
+        row[file] = max(error, row.get(file, 0.0))
+        tolerances[quantity] = tolerance
+    files = list(dict.fromkeys(file for row in worst.values() for file in row))
+    for first in range(0, len(files), FILES_A_TABLE):
+        shown = files[first : first + FILES_A_TABLE]
+        widths = {file: max(10, len(file) + 1) for file in shown}
+        terminalreporter.section("largest relative errors against the author's recordings")
+        names = "".join(f"{file:>{widths[file]}}" for file in shown)
+        terminalreporter.write_line(f"{'quantity':<42}{'tolerance':>9}{names}")
+        for quantity, row in worst.items():
+            if any(file in row for file in shown):
+                cells = (_cell(row.get(file), tolerances[quantity]).rjust(widths[file]) for file in shown)
+                terminalreporter.write_line(f"{quantity:<42}{tolerances[quantity]:>9.0e}{''.join(cells)}")
+
+
+def _cell(error: float | None, tolerance: float) -> str:
+    if error is None:
+        return ""
+    return f"{error:.1e}" if error <= tolerance else f"!{error:.1e}"
