@@ -51,6 +51,8 @@ class Episode:
 
     start: int
     length: int
+    number: int = -1  # of a finished episode, in the order in which they finished; -1: it is running
+    file: str = ""  # that keeps the rows of a finished episode; empty: none does
 
 
 class ReplayBuffer:
@@ -63,6 +65,8 @@ class ReplayBuffer:
         seed: of the sampling generator, which is the buffer's own.
         device: where the rows lie and batches are made.
     """
+
+    COLUMNS = ("image", "action", "reward", "is_terminal")
 
     def __init__(
         self, capacity: int, num_envs: int, image_shape: tuple[int, int, int], action_size: int, seed: int,
@@ -93,7 +97,7 @@ class ReplayBuffer:
         return sum(x[0].nbytes for x in (self.image, self.action, self.reward, self.is_terminal))
 
     def bytes(self, steps: int) -> int:
-        """Memory that the rows of `steps` agent steps take, or of a full buffer if that is less."""
+        """Memory, and disk, that the rows of `steps` agent steps take, or of a full buffer if that is less."""
         return self.row_bytes * min(len(self.image), int(1.1 * steps))
 
     def add(self, transition: Transition, env: int = 0) -> None:
@@ -118,14 +122,49 @@ class ReplayBuffer:
         self.written[env] += 1
         self._forget(env)
 
+    def finish(self, env: int, number: int) -> None:
+        """Say that the newest episode of `env` has ended, as the run's finished episode `number`."""
+        self.episodes[env][-1].number = number
+
+    def export(self, env: int, episode: Episode) -> dict[str, np.ndarray]:
+        """Copies of the rows that are left of an episode of `env`: name -> (length, ...), for `load`."""
+        rows = self._index(env, episode.start, episode.length)
+        return {name: getattr(self, name)[rows].cpu().numpy() for name in self.COLUMNS}
+
+    def load(self, env: int, columns: dict[str, np.ndarray], number: int, file: str) -> None:
+        """Append a finished episode, as exported, to the ring of `env`.
+
+        Raises ValueError, and changes nothing, where a column is missing or of another shape or type than this
+        buffer's.
+        """
+        total = len(columns.get("reward", ()))
+        length = min(total, self.rows)
+        for name in self.COLUMNS:
+            ours = getattr(self, name)
+            dtype = torch.empty(0, dtype=ours.dtype).numpy().dtype
+            column = columns.get(name)
+            if column is None or column.dtype != dtype or column.shape != (total, *ours.shape[1:]):
+                raise ValueError(f"{file} has no column {name} of {dtype} {tuple(ours.shape[1:])}")
+        rows = self._index(env, self.written[env], length)
+        for name in self.COLUMNS:
+            getattr(self, name)[rows] = torch.as_tensor(columns[name][-length:], device=rows.device)
+        self.episodes[env].append(Episode(self.written[env], length, number, file))
+        self.written[env] += length
+        self._forget(env)
+
+    def _index(self, env: int, start: int, length: int) -> Tensor:
+        """Where the rows `start .. start + length - 1` of a ring lie."""
+        return env * self.rows + torch.arange(start, start + length, device=self.image.device) % self.rows
+
     def _forget(self, env: int) -> None:
-        """Drop the row that was just overwritten from the oldest episode."""
-        oldest, first_kept = self.episodes[env][0], self.written[env] - self.rows
-        if oldest.start < first_kept:
-            oldest.start += 1
-            oldest.length -= 1
-            if oldest.length == 0:
-                self.episodes[env].popleft()
+        """Drop the rows that were just overwritten from the oldest episodes."""
+        episodes, first_kept = self.episodes[env], self.written[env] - self.rows
+        while episodes[0].start < first_kept:
+            lost = min(first_kept - episodes[0].start, episodes[0].length)
+            episodes[0].start += lost
+            episodes[0].length -= lost
+            if episodes[0].length == 0:
+                episodes.popleft()
 
     def sample(self, batch_size: int, batch_length: int) -> Batch:
         """`batch_size` windows of `batch_length` rows, each window equally likely, as (T, B, ...).

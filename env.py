@@ -20,6 +20,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -235,6 +236,50 @@ class RoboSuiteEnv(gymnasium.Env):
 
 
 make_env = RoboSuiteEnv
+
+
+class RebuildingEnv(gymnasium.Wrapper):
+    """Builds its environment anew where that raises, and goes on with its generator.
+
+    `build` makes the environment. A failed step ends the episode: the last image once more, no reward, truncated.
+    A failed reset is tried once more in the new environment. Either says so: info["env_error"] is then one line
+    about the exception. What `build` raises passes through.
+    """
+
+    def __init__(self, build: Callable[[], gymnasium.Env]) -> None:
+        super().__init__(build())
+        self._build = build
+        self._image: np.ndarray | None = None
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        try:
+            self._image, info = self.env.reset(**kwargs)
+        except Exception as error:  # a simulator may raise anything
+            self._rebuild()
+            self._image, info = self.env.reset(**kwargs)
+            info = {**info, "env_error": _describe(error)}
+        return self._image, info
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        try:
+            self._image, reward, terminated, truncated, info = self.env.step(action)
+        except Exception as error:  # a simulator may raise anything
+            self._rebuild()
+            return self._image, 0.0, False, True, {"success": False, "env_error": _describe(error)}
+        return self._image, reward, terminated, truncated, info
+
+    def _rebuild(self) -> None:
+        generator = self.env.np_random
+        with contextlib.suppress(Exception):  # it is broken: it may not even close
+            self.env.close()
+        self.env = self._build()
+        self.env.np_random = generator
+
+
+def _describe(error: Exception) -> str:
+    """One line: type, message, and the file and line that raised."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({os.path.basename(place.filename)}:{place.lineno})".replace("\n", " ")
 
 
 class _Renderer:

@@ -55,10 +55,14 @@ class Logger:
 
     def __init__(self, run_dir: Path, config: dict, wandb_mode: str, wandb_id: str = "", size: int = 0):
         self.run_dir, self.wandb_id = run_dir, wandb_id
+        # Where the disk is full, lines wait in this buffer: a megabyte is more than a thousand of them.
         self.file = open(run_dir / "metrics.jsonl", "ab", buffering=BUFFER)
-        self.size = min(size, self.file.tell())  # bytes of metrics.jsonl that are on disk
-        self.file.truncate(self.size)
-        self.file.seek(self.size)
+        if self.file.tell() < size:
+            tqdm.write("warning: metrics.jsonl is shorter than it was at the checkpoint: lines are lost")
+        else:
+            self.file.truncate(size)
+            self.file.seek(size)
+        self.size = self.file.tell()  # bytes of metrics.jsonl that are on disk
         self.warned: set[str] = set()
         self.wandb = None
         if wandb_mode != "disabled":
@@ -80,6 +84,12 @@ class Logger:
                 self.wandb.log(line)
                 if success is not None:
                     self.wandb.summary.update({"best_success_rate": self.best_success, "last_success_rate": success})
+
+    def sync(self) -> None:
+        """Put all lines on the disk; OSError where that is impossible."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.size = self.file.tell()
 
     def video(self, env_step: int, name: str, frames: np.ndarray, fps: float) -> None:
         """Write frames uint8 (T, H, W, 3), sides multiples of 16, as videos/<name>_<env_step>.mp4."""

@@ -50,6 +50,53 @@ class Draws:
         return torch.randperm(total, generator=self.generator, device=device)[:count]
 
 
+class RecordedDraws(Draws):
+    """Draws that are kept, so that a second computation, on any device, can be given the same."""
+
+    def __init__(self, generator: torch.Generator | None = None):
+        super().__init__(generator)
+        self.record: list[Tensor] = []
+
+    def replay(self) -> "ReplayedDraws":
+        return ReplayedDraws(self.record)
+
+    def _keep(self, draw: Tensor) -> Tensor:
+        self.record.append(draw.detach().clone())
+        return draw
+
+    def onehot(self, probs: Tensor) -> Tensor:
+        return self._keep(super().onehot(probs))
+
+    def normal(self, mean: Tensor) -> Tensor:
+        return self._keep(super().normal(mean))
+
+    def trunc_normal(self, mean: Tensor, std: Tensor) -> Tensor:
+        return self._keep(super().trunc_normal(mean, std))
+
+    def subset(self, total: int, count: int, device: torch.device) -> Tensor:
+        return self._keep(super().subset(total, count, device))
+
+
+class ReplayedDraws(Draws):
+    """Hands out recorded draws in their order."""
+
+    def __init__(self, record: list[Tensor]):
+        super().__init__()
+        self.record = iter(record)
+
+    def onehot(self, probs: Tensor) -> Tensor:
+        return next(self.record).to(probs.device)
+
+    def normal(self, mean: Tensor) -> Tensor:
+        return next(self.record).to(mean.device)
+
+    def trunc_normal(self, mean: Tensor, std: Tensor) -> Tensor:
+        return next(self.record).to(mean.device)
+
+    def subset(self, total: int, count: int, device: torch.device) -> Tensor:
+        return next(self.record).to(device)
+
+
 def low_precision(x: Tensor) -> Tensor:
     """`x` in the type that autocast would give it at the next matrix product: a cast there and then, made once."""
     kind = x.device.type

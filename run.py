@@ -16,12 +16,15 @@ import difflib
 import functools
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import shlex
+import shutil
 import signal
 import sys
 import textwrap
+import threading
 import time
 import typing
 from collections import deque
@@ -36,14 +39,25 @@ from tqdm import tqdm
 
 from buffer import Batch, ReplayBuffer, Transition
 from checkpoint import (
+    LOCK_NAME,
     CheckpointError,
+    InUse,
+    ReplayFiles,
+    RunLock,
+    Saver,
+    cut_back,
+    global_rngs,
     list_checkpoints,
     load_checkpoint,
     load_policy,
-    save_checkpoint,
+    remove_leftovers,
     save_policy,
+    set_global_rngs,
+    snapshot,
+    versions,
     write_file,
 )
+from env import RebuildingEnv
 from env import make_env as make_robosuite_env
 from logger import (
     RECORDINGS,
@@ -65,11 +79,23 @@ from logger import (
 )
 from networks import Draws
 from report import ReportError, write_report
-from train import CONTEXT, PRESETS, ActState, Config, Dreamer, check_choice, check_config
+from train import (
+    CONTEXT,
+    MAX_SKIPPED_IN_A_ROW,
+    PRESETS,
+    ActState,
+    Config,
+    Dreamer,
+    check_choice,
+    check_config,
+    compare_with_cpu,
+)
 
 EVAL_SEED = 1_000_000  # of the evaluation env; its episodes are the same in every evaluation
 EVAL_EPISODES = 20  # with --eval
 DREAM_STEPS = 45  # imagined in the video of the policy's dreams
+ENV_ERRORS, ENV_ERROR_SECONDS = 2, 300.0  # an environment may fail that often in that time; then the run stops
+MAX_GRADIENT_DEVIATION = 1e-3  # of a GPU's gradients from the CPU's, relative
 # Fits 80 columns: tqdm gives the bar itself what the words leave.
 BAR_FORMAT = "{desc} {percentage:.0f}%|{bar}|{n_fmt}/{total_fmt} {remaining} left, {rate_noinv_fmt}{postfix}"
 ENV_FIELDS = (
@@ -89,6 +115,10 @@ class UserError(Exception):
 
 class Failure(Exception):
     """What the program can't go on with, told in one line; exit code 1."""
+
+
+class EnvFailure(Failure):
+    """The environments can't go on; what was learnt is sound and saved."""
 
 
 class Interrupted(Exception):
@@ -224,7 +254,25 @@ def env_errors():
 def _make_training_env(make_env: MakeEnv, options: dict) -> gymnasium.Env:
     if multiprocessing.parent_process() is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers too, but the parent decides
-    return make_env(**options)
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+    return RebuildingEnv(functools.partial(make_env, **options))
+
+
+def _end_with_parent() -> None:
+    """End this worker when the parent has ended, by kill -9 too, and also where the simulator hangs."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def close_envs(envs: VectorEnv) -> None:
+    """Close the environments; workers that don't answer any more are terminated."""
+    try:
+        envs.close()
+    except (OSError, EOFError):  # of a pipe to a worker that was killed
+        envs.closed = True
+        for process in envs.processes:
+            process.terminate()
+            process.join()
 
 
 def evaluate(
@@ -260,6 +308,8 @@ def evaluate(
             action, state = act(batch, state, is_first, draws, deterministic=True)
             action = action[0].float().cpu().numpy()
             image, reward, terminated, truncated, info = env.step(action)
+            if "env_error" in info:
+                tqdm.write(f"warning: an episode of the evaluation ended early: {info['env_error']}")
             done, success = terminated or truncated, bool(info.get("success", False))
             stats.add(float(reward), success)
             rows.append((image, action, reward, success))
@@ -288,6 +338,7 @@ class Progress:
     evaluated: int = 0
     filmed: int = 0
     best: float = -np.inf  # mean return of the best evaluation
+    best_step: int = -1  # its control step
     metrics_size: int = 0  # bytes of metrics.jsonl
     wandb_id: str = ""
 
@@ -307,6 +358,8 @@ class Run:
         dtype = pick_precision(config.precision, device)
         self.agent = Dreamer(config, image_shape, action_size, device, dtype)
         self.replay = ReplayBuffer(config.capacity, config.num_envs, image_shape, action_size, config.seed)
+        self.replay_files = ReplayFiles(run_dir, self.replay, config.save_replay)
+        self.saver = Saver(run_dir, self.replay_files)
         self.envs.single_action_space.seed(config.seed)
         self.progress = Progress()
         self.logger: Logger | None = None
@@ -316,48 +369,113 @@ class Run:
         self.watch = Stopwatch()
         self.phase = self.note = ""  # as the bar shows them
         self.last_episodes = ""  # their return and success
-        self.logged_at = self.saved_at = time.monotonic()
+        self.logged_at = time.monotonic()
+        self.env_errors: deque[float] = deque()  # times of the last ones
+        self.gradients_checked = device.type != "mps"
 
     # -- saving
 
     def state(self) -> dict:
+        """All that decides how the run goes on, in a copy on the CPU. To be taken where an episode has ended."""
         self.progress.metrics_size = self.logger.size
         self.progress.wandb_id = self.logger.wandb_id
-        return {
-            "progress": dataclasses.asdict(self.progress),
-            "agent": self.agent.state_dict(),
-            "config": dataclasses.asdict(self.config),
-            "rng": {
-                "torch": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
-                "python": random.getstate(),
-                "replay": self.replay.rng.bit_generator.state,
-                "action_space": self.envs.single_action_space.np_random.bit_generator.state,
-                "envs": [rng.bit_generator.state for rng in self.envs.get_attr("np_random")],
-            },
-            "versions": {"torch": str(torch.__version__), "threads": torch.get_num_threads()},
-        }
+        with self.worker_failures():
+            env_rngs = self.envs.get_attr("np_random")
+        return snapshot(
+            {
+                "progress": dataclasses.asdict(self.progress),
+                "agent": self.agent.state_dict(),
+                "config": dataclasses.asdict(self.config),
+                "replay": self.replay_files.index(),
+                "totals": self.totals,
+                "updates_since": self.updates_since,
+                "rng": global_rngs(self.device)
+                | {
+                    "replay": self.replay.rng.bit_generator.state,
+                    "action_space": self.envs.single_action_space.np_random.bit_generator.state,
+                    "envs": [rng.bit_generator.state for rng in env_rngs],
+                },
+                "versions": versions(self.device),
+            }
+        )
 
     def restore(self, state: dict) -> None:
+        """Go on from a checkpoint's state; says what keeps that from being exact."""
         self.progress = Progress(**state["progress"])
         self.agent.load_state_dict(state["agent"])
+        self.totals = {name: total.to(self.device) for name, total in state["totals"].items()}
+        self.updates_since = state["updates_since"]
+        self.saver.saved_step = self.progress.step
+        self.restore_replay(state["replay"])
+        here = versions(self.device)
+        if other := [f"{name} {old} -> {here[name]}" for name, old in state["versions"].items() if old != here[name]]:
+            print(f"warning: this will not be bit for bit the run that was saved: {', '.join(other)}")
         rng = state["rng"]
         if len(rng["envs"]) == self.config.num_envs:
             self.envs.set_attr("np_random", [_generator(saved) for saved in rng["envs"]])
+        else:
+            print(f"warning: num_envs was {len(rng['envs'])}: the environments start from new seeds")
         self.envs.single_action_space.np_random.bit_generator.state = rng["action_space"]
         self.replay.rng.bit_generator.state = rng["replay"]
-        random.setstate(rng["python"])
-        if rng["cuda"] and self.device.type == "cuda":
-            torch.cuda.set_rng_state_all([x.cpu() for x in rng["cuda"]])
-        torch.set_rng_state(rng["torch"].cpu())
+        set_global_rngs(rng, self.device)  # last: nothing above may draw after it
 
-    def save(self) -> None:
-        save_checkpoint(self.run_dir, self.progress.step, self.state())
-        self.saved_at = time.monotonic()
+    def restore_replay(self, index: list[tuple[str, int, int]]) -> None:
+        lost = self.replay_files.restore(index, self.progress.episode)
+        if lost:
+            print(f"warning: {len(lost)} of {len(index)} replay episodes skipped: {'; '.join(lost[:3])}"
+                  f"{' ...' if len(lost) > 3 else ''}")  # fmt: skip
+        if self.progress.episode and not index:
+            print("the replay was not saved: it is filled anew before the next update")
+        elif self.config.num_envs > 1:
+            print("environments whose episodes were running at the checkpoint start new ones")
+
+    def keep(self) -> None:
+        """Where an episode has ended: hold the state in memory, for a stop at any moment."""
+        try:
+            self.logger.sync()
+            self.replay_files.write()
+        except OSError as error:
+            self.saver.warn(error)
+            return
+        if skipped := self.check_finite():
+            tqdm.write(f"warning: {skipped} update(s) just skipped for a NaN: the state before that is kept")
+        else:
+            self.saver.held = self.state()
+
+    def check_finite(self) -> int:
+        """The number of updates just skipped in a row; Failure where learning has ended. Waits for the device."""
+        skipped = self.agent.skipped_in_a_row()
+        name = self.agent.non_finite()
+        if name is None and skipped >= MAX_SKIPPED_IN_A_ROW:
+            name = self.non_finite_gradient()
+        if name is not None:
+            raise Failure(
+                f"step {self.progress.step}: {name} is not finite ({skipped} updates skipped in a row); "
+                "the last checkpoint was saved before that"
+            )
+        return skipped
+
+    def non_finite_gradient(self) -> str:
+        """The first gradient with a NaN or infinity, on a new batch; for the message, after which nothing goes on."""
+        batch = self.replay.sample(self.config.batch_size, self.config.batch_length).to(self.device)
+        for name, gradient in self.agent.gradients(batch, Draws()).items():
+            if not gradient.isfinite().all():
+                return f"the gradient of {name}"
+        return "a gradient"
 
     # -- the loop
 
     def train(self) -> None:
+        """Collect, learn, look and save until `steps`, or until a stop that saves first."""
+        try:
+            self.loop()
+        except (Interrupted, EnvFailure):
+            self.saver.save()
+            raise
+        if self.saver.saved_step < self.progress.step:
+            raise Failure(f"the last checkpoint of {self.run_dir} was not written: see the warnings above")
+
+    def loop(self) -> None:
         """Collect, learn, look and save until `steps`."""
         c, p = self.config, self.progress
         resets = np.ones(c.num_envs, bool)
@@ -368,28 +486,30 @@ class Run:
             total=c.steps, initial=p.step, unit=" steps", unit_scale=True, smoothing=0.05, disable=None,
             dynamic_ncols=True, bar_format=BAR_FORMAT,
         )  # fmt: skip
-        self.show(bar, "train" if self.agent.updates and len(self.replay) else "prefill")
-        self.logged_at = self.saved_at = time.monotonic()
+        self.show(bar, "train" if self.agent.updates and self.replay.steps >= c.prefill else "prefill")
+        self.logged_at = self.saver.saved_at = time.monotonic()
         with bar:
             while p.step < c.steps:
                 # begin episodes
                 if resets.any():
-                    with self.watch("env"):
-                        image, _ = self.envs.reset(options={"reset_mask": resets.copy()})
+                    with self.watch("env"), self.worker_failures():
+                        image, info = self.envs.reset(options={"reset_mask": resets.copy()})
+                    self.count_env_errors(info)
                     for i in np.flatnonzero(resets):
-                        self.replay.add(Transition(image[i], np.zeros(self.agent.action_size), 0.0, True, False), i)
+                        self.add(i, Transition(image[i], np.zeros(self.agent.action_size), 0.0, True, False))
                         stats[i] = EpisodeStats(c.action_repeat)
 
                 # act
                 with self.watch("update"):  # acting waits for the GPU's updates: the two can't be told apart
                     action, act_state = self.choose_actions(image, act_state, resets)
-                with self.watch("env"):
+                with self.watch("env"), self.worker_failures():
                     image, reward, terminated, truncated, info = self.envs.step(action)
+                failed = self.count_env_errors(info)
+                for i in np.flatnonzero(~failed):
+                    self.add(i, Transition(image[i], action[i], reward[i], False, terminated[i]))
+                    stats[i].add(float(reward[i]), bool(info["success"][i]) if "success" in info else False)
                 p.step += c.num_envs * c.action_repeat
                 bar.update(c.num_envs * c.action_repeat)
-                for i in range(c.num_envs):
-                    self.replay.add(Transition(image[i], action[i], reward[i], False, terminated[i]), i)
-                    stats[i].add(float(reward[i]), bool(info["success"][i]) if "success" in info else False)
                 resets = terminated | truncated
 
                 # learn
@@ -400,6 +520,7 @@ class Run:
 
                 # look and save, where an episode ends
                 for i in np.flatnonzero(resets):
+                    self.replay.finish(i, p.episode)
                     p.episode += 1
                     figures = stats[i].metrics()
                     self.logger.scalars(p.step, {f"episode/{name}": value for name, value in figures.items()})
@@ -408,12 +529,46 @@ class Run:
                     bar.set_postfix_str(self.last_episodes, refresh=False)
                 if resets.any() or p.step >= c.steps:
                     self.look(bar)
-                    if p.step >= c.steps or time.monotonic() - self.saved_at >= 60 * c.checkpoint_minutes:
-                        self.save()
+                    self.keep()
+                    best = p.best_step == p.step  # kept apart from the last two
+                    if best or p.step >= c.steps or time.monotonic() - self.saver.saved_at >= 60 * c.checkpoint_minutes:
+                        self.saver.save()
 
     def check_signal(self) -> None:
         if self.stop_signal:
             raise Interrupted(self.stop_signal)
+
+    @contextlib.contextmanager
+    def worker_failures(self):
+        """Around calls of the environments: a worker process that has died ends the run (EnvFailure)."""
+        try:
+            yield
+        except (EOFError, ConnectionError) as error:
+            time.sleep(0.5)  # a signal that ended a worker may be on its way to this process too
+            self.check_signal()
+            codes = [process.exitcode for process in self.envs.processes]
+            raise EnvFailure(f"an environment's process has ended; exit codes: {codes}") from error
+
+    def add(self, env: int, row: Transition) -> None:
+        """To the replay; what that refuses ends the run (EnvFailure)."""
+        try:
+            self.replay.add(row, env)
+        except ValueError as error:
+            raise EnvFailure(str(error)) from error
+
+    def count_env_errors(self, info: dict) -> np.ndarray:
+        """Which environments were rebuilt in this step, (num_envs,); EnvFailure where that happens too often."""
+        failed = np.asarray(info.get("_env_error", np.zeros(self.config.num_envs)), bool)
+        now = time.monotonic()
+        for i in np.flatnonzero(failed):
+            tqdm.write(f"warning: environment {i} was rebuilt, its episode ends here: {info['env_error'][i]}")
+            self.env_errors.append(now)
+        while self.env_errors and now - self.env_errors[0] > ENV_ERROR_SECONDS:
+            self.env_errors.popleft()
+        if len(self.env_errors) > ENV_ERRORS:
+            count, seconds = len(self.env_errors), ENV_ERROR_SECONDS
+            raise EnvFailure(f"the environments failed {count} times in {seconds:.0f} s; the same command continues")
+        return failed
 
     def choose_actions(self, image: np.ndarray, state: ActState | None, is_first: np.ndarray):
         """Random actions until the first update, then the policy's: (num_envs, A) and the policy's state."""
@@ -438,12 +593,24 @@ class Run:
         updates, p.owed = updates + due, p.owed - due * c.train_every
         for _ in range(updates):
             batch = self.replay.sample(c.batch_size, c.batch_length).to(self.device)
+            if not self.gradients_checked:
+                self.check_gradients(batch)
             for name, value in self.agent.train_step(batch).items():
                 self.totals[name] = self.totals.get(name, 0.0) + value
             self.updates_since += 1
             self.check_signal()
         if self.phase != "train":
             self.show(bar, "train")
+
+    def check_gradients(self, batch: Batch) -> None:
+        """Failure where this device's gradients are not the CPU's; once a process, before its first update."""
+        deviation, name = compare_with_cpu(self.agent, batch)
+        if deviation > MAX_GRADIENT_DEVIATION:
+            raise Failure(
+                f"device {self.device} computes wrong gradients ({name} is off by {deviation:.1g} from the CPU's): "
+                "use another release of torch, or --device cpu"
+            )
+        self.gradients_checked = True
 
     # -- looking
 
@@ -498,7 +665,7 @@ class Run:
         """Evaluate, log what that gives, film if asked, and keep the best policy."""
         c, p = self.config, self.progress
         if self.eval_env is None:
-            self.eval_env = self.make_env(**env_options(c), seed=EVAL_SEED)
+            self.eval_env = RebuildingEnv(functools.partial(self.make_env, **env_options(c), seed=EVAL_SEED))
 
         def each_step(episode: int) -> None:
             note = f"episode {episode + 1}/{c.eval_episodes}"
@@ -519,8 +686,11 @@ class Run:
                 self.film(result, analysis, draws)
             p.filmed = p.step
         if summary["eval/return_mean"] > p.best:
-            p.best = summary["eval/return_mean"]
-            save_policy(self.run_dir / "policy.pt", self.agent.policy, c, env_step=p.step, **summary)
+            p.best, p.best_step = summary["eval/return_mean"], p.step
+            try:
+                save_policy(self.run_dir / "policy.pt", self.agent.policy, c, env_step=p.step, **summary)
+            except OSError as error:
+                self.saver.warn(error)
         p.evaluated = p.step
         self.show(bar, "train")
 
@@ -539,7 +709,7 @@ class Run:
         self.logger.video(p.step, "dream", frames, fps)
 
     def close(self) -> None:
-        self.envs.close()
+        close_envs(self.envs)
         if self.eval_env is not None:
             self.eval_env.close()
         if self.logger is not None:
@@ -585,6 +755,10 @@ def preflight(run: Run, flags: dict, wandb_mode: tuple[str, str]) -> None:
     if need > free:
         rows = int(c.capacity * free / need * 0.9)
         raise UserError(f"capacity {c.capacity} needs {need / 1e9:.1f} GB but {free / 1e9:.1f} are free: try {rows}")
+    if c.save_replay:
+        say(f"replay on disk: up to {need / 1e9:.2f} GB, {free_disk(run.run_dir) / 1e9:.1f} GB free")
+    else:
+        say("replay on disk: none; a resumed run fills it anew")
     say(f"W&B {wandb_mode[0]} ({wandb_mode[1]})")
     say(f"run folder {run.run_dir}")
 
@@ -617,6 +791,12 @@ def free_memory() -> float:
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
+def free_disk(run_dir: Path) -> int:
+    """Bytes that can be written to the disk of a run folder that may not exist yet."""
+    there = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
 def _text(value) -> str:
     return "+".join(value) if isinstance(value, tuple) else str(value).lower() if value in (True, False) else str(value)
 
@@ -627,18 +807,27 @@ def pick_run_dir(config: Config) -> Path:
     there = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"run_dir {run_dir} can't be used: {there} is not a folder that can be written to")
-    if run_dir.exists() and any(run_dir.iterdir()) and not (run_dir / "config.json").exists():
+    ours = {"config.json", ".config.json.tmp", LOCK_NAME}  # all there may be after a crash at the very start
+    names = {path.name for path in run_dir.iterdir()} if run_dir.exists() else set()
+    if names - ours and "config.json" not in names:
         raise UserError(f"run_dir {run_dir} is not empty and no run folder: choose another")
     return run_dir
 
 
-def make_run_dir(run_dir: Path, config: Config) -> None:
-    """Make the run folder, and clear what a run that never reached a checkpoint left in it."""
+def make_run_dir(run_dir: Path, config: Config, lock: RunLock, resumed: Path | None) -> None:
+    """Make the run folder this process's own, and clear what lies in it beyond the checkpoint to go on from."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        if not list_checkpoints(run_dir) and (run_dir / "metrics.jsonl").exists():
+        lock.acquire()
+        remove_leftovers(run_dir)
+        if resumed:
+            cut_back(run_dir, resumed)
+        elif list_checkpoints(run_dir):
+            raise InUse(f"{run_dir} got a checkpoint from another process just now: start again")
+        elif (run_dir / "metrics.jsonl").exists():
             print(f"{run_dir} has no checkpoint yet: starting afresh")
-            for path in (run_dir / "metrics.jsonl", run_dir / "policy.pt", *run_dir.glob("videos/*.mp4")):
+            files = (*run_dir.glob("replay/*.npz"), *run_dir.glob("videos/*.mp4"))
+            for path in (run_dir / "metrics.jsonl", run_dir / "policy.pt", *files):
                 path.unlink(missing_ok=True)
         write_file(run_dir / "config.json", json.dumps(dataclasses.asdict(config), indent=2).encode())
     except OSError as error:
@@ -677,7 +866,7 @@ def main(argv: list[str] | None = None, make_env: MakeEnv = make_robosuite_env) 
     except (UserError, ReportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (CheckpointError, Failure) as error:
+    except (CheckpointError, Failure, InUse) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before or after the training loop, which has its own handler
@@ -687,9 +876,24 @@ def main(argv: list[str] | None = None, make_env: MakeEnv = make_robosuite_env) 
 def train_run(config: Config, flags: dict, make_env: MakeEnv) -> int:
     """Start or continue the run of this configuration."""
     run_dir, device = pick_run_dir(config), pick_device(config.device)
-    loaded = load_checkpoint(run_dir, device)
-    if loaded:
-        state, path, damaged = loaded
+    lock = RunLock(run_dir)
+    try:
+        if run_dir.exists():
+            lock.acquire()
+    except OSError as error:
+        raise UserError(f"run_dir {run_dir} can't be locked: {error.strerror}") from error
+    try:
+        return _train_run(config, flags, make_env, run_dir, device, lock)
+    finally:
+        lock.release()
+
+
+def _train_run(
+    config: Config, flags: dict, make_env: MakeEnv, run_dir: Path, device: torch.device, lock: RunLock
+) -> int:
+    loaded = load_checkpoint(run_dir)
+    state, path, damaged = loaded or (None, None, [])
+    if state:
         if state["progress"]["step"] >= config.steps:
             print(f"finished: {run_dir} has its {state['progress']['step']} steps; --steps extends it")
             return 0
@@ -697,15 +901,16 @@ def train_run(config: Config, flags: dict, make_env: MakeEnv) -> int:
         for line in damaged:
             print(f"warning: {line}")
         check_same_shapes(run_dir, state["config"], config)
+        if "replay" not in state:
+            raise CheckpointError(f"{path} is from a release of this program that saved no replay: use that one")
     seed_everything(config.seed)
     run = Run(config, make_envs(config, make_env), make_env, run_dir, device)
     try:
         wandb_mode = pick_wandb_mode(config.wandb, dict(os.environ))
         preflight(run, flags, wandb_mode)
-        make_run_dir(run_dir, config)
-        if loaded:
+        make_run_dir(run_dir, config, lock, path)
+        if state:
             run.restore(state)
-            print("the replay is not saved: it is filled anew before the next update")
         p = run.progress
         run.logger = Logger(run_dir, dataclasses.asdict(config), wandb_mode[0], p.wandb_id, p.metrics_size)
         with stop_on_signals(run):
@@ -714,7 +919,9 @@ def train_run(config: Config, flags: dict, make_env: MakeEnv) -> int:
         return 0
     except Interrupted as stop:
         number = stop.args[0]
-        print(f"stopped by {signal.Signals(number).name}; the same command continues from the last checkpoint")
+        saved = run.saver.saved_step
+        at = f"from step {saved}" if saved >= 0 else "from its beginning: no episode had ended"
+        print(f"stopped by {signal.Signals(number).name}; the same command continues {at}")
         return 128 + number
     finally:
         run.close()

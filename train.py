@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from actor import DISTRIBUTIONS, TRUNC_NORMAL_GRADIENTS, Actor
 from buffer import Batch
 from image_codec import IMAGE_SIZES, Decoder, Encoder
-from networks import LOG_2PI, Draws, discount_head, reward_head, value_head
+from networks import LOG_2PI, Draws, RecordedDraws, discount_head, reward_head, value_head
 from rssm import RSSM, RSSMState, kl_loss
 
 
@@ -60,6 +60,7 @@ class Config:
     precision: str = "auto"  # of matrix products: float32 or bfloat16; auto: bfloat16 where the hardware has it
     run_dir: str = ""  # empty: runs/{task}_{preset}_{seed}
     checkpoint_minutes: float = 10  # saved at the first episode end after that many minutes
+    save_replay: bool = True  # keep finished episodes on disk; false: a resume fills the replay anew
     log_every: int = 500  # control steps between metric lines
     eval_every: int = 20_000  # control steps between evaluations
     eval_episodes: int = 10  # of each evaluation, and 20 with --eval
@@ -425,7 +426,9 @@ class Behavior(nn.Module):
         # quantile() has an input limit and sorts anyway; nearest ranks are enough here.
         ranked = returns.detach().flatten().sort().values
         low, high = ranked[int(0.05 * (len(ranked) - 1))], ranked[int(0.95 * (len(ranked) - 1))]
-        self.return_range.lerp_(high - low, 0.01)
+        width = high - low
+        # An update that is skipped for a NaN leaves no trace, here neither: the range would keep it for ever.
+        self.return_range.lerp_(torch.where(width.isfinite(), width, self.return_range), 0.01)
         return 1.0 / self.return_range.clamp(min=1.0)
 
     def update_target(self, fraction: float) -> None:
@@ -487,6 +490,9 @@ class Policy(nn.Module):
         return action[0].float().cpu().numpy(), state
 
 
+MAX_SKIPPED_IN_A_ROW = 10  # updates; after that nothing is learnt any more
+
+
 class Optimizer:
     """Adam with global-norm clipping and decoupled decay, as the author's TensorFlow code computes them.
 
@@ -502,6 +508,7 @@ class Optimizer:
         self.eps, self.clip, self.steps = eps, clip, 0
         self.adam = torch.optim.AdamW(self.params, lr, self.BETAS, weight_decay=decay / lr, fused=True)
         self.skipped = torch.zeros((), device=self.params[0].device)
+        self.skipped_in_a_row = torch.zeros_like(self.skipped)  # stays once it is MAX_SKIPPED_IN_A_ROW
 
     def step(self, loss: Tensor) -> Tensor:
         """Descend `loss`; returns the gradient's global norm before clipping."""
@@ -510,12 +517,20 @@ class Optimizer:
         self.adam.grad_scale = norm.clamp(min=self.clip) / self.clip  # the fused kernel divides by it
         self.adam.found_inf = 1.0 - norm.isfinite().float()
         self.skipped += self.adam.found_inf
+        in_a_row = (self.skipped_in_a_row + 1) * self.adam.found_inf
+        self.skipped_in_a_row = torch.where(
+            self.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW, in_a_row, MAX_SKIPPED_IN_A_ROW
+        )
         self.steps += 1  # skipped ones too: to leave them out the host would have to wait for the device
         for group in self.adam.param_groups:
             group["eps"] = self.eps / math.sqrt(1 - self.BETAS[1] ** self.steps)
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
         return norm
+
+    def moments(self) -> list[Tensor]:
+        """Adam's moments of all parameters, none before the first step."""
+        return [state[name] for state in self.adam.state.values() for name in ("exp_avg", "exp_avg_sq")]
 
     def state_dict(self) -> dict:
         return {"adam": self.adam.state_dict(), "steps": self.steps, "skipped": self.skipped}
@@ -560,6 +575,10 @@ class Dreamer:
         self.draws = Draws()
         self.updates = 0
 
+    @property
+    def optimizers(self) -> tuple[Optimizer, Optimizer, Optimizer]:
+        return self.model_optimizer, self.actor_optimizer, self.value_optimizer
+
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One update of everything on a batch (T, B, ...) on the agent's device. Returns detached scalars."""
         model, behavior, draws = self.world_model, self.behavior, self.draws
@@ -580,6 +599,36 @@ class Dreamer:
             behavior.update_target(1.0 if self.updates == 0 else self.config.target_fraction)
         self.updates += 1
         return metrics
+
+    def skipped_in_a_row(self) -> int:
+        """Updates up to now that an optimizer skipped without a break, the most of the three. Waits for the device."""
+        return int(max(float(optimizer.skipped_in_a_row) for optimizer in self.optimizers))
+
+    def non_finite(self) -> str | None:
+        """The name of the first parameter, buffer or optimizer moment with a NaN or infinity. Waits for the device."""
+        named = {
+            f"{name}.{key}": value
+            for name in ("world_model", "behavior")
+            for key, value in getattr(self, name).state_dict().items()
+        }
+        for name in ("model_optimizer", "actor_optimizer", "value_optimizer"):
+            named |= {f"{name}.moments[{i}]": value for i, value in enumerate(getattr(self, name).moments())}
+        # Magnitudes, unlike sums, don't overflow; one transfer for all of them.
+        largest = torch.stack([value.abs().max().float() for value in named.values()]).isfinite().tolist()
+        return next((name for name, finite in zip(named, largest, strict=True) if not finite), None)
+
+    def gradients(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """What an update on a batch would descend: parameter name -> gradient, in float32. No parameter changes."""
+        model, behavior = self.world_model, self.behavior
+        model_loss, post, _ = model.loss(batch, draws)
+        found = _gradients("world_model", model, model_loss)
+        start, is_terminal = post.detach().map(lambda x: x.flatten(0, 1)), batch.is_terminal.flatten()
+        with frozen(model):
+            imagined = model.imagine(behavior.actor, start, is_terminal, draws, self.config.actor_grad != "reinforce")
+            range_before = behavior.return_range.clone()
+            actor_loss, value_loss, _ = behavior.loss(imagined, draws)
+            behavior.return_range.copy_(range_before)
+        return found | _gradients("actor", behavior.actor, actor_loss) | _gradients("value", behavior.value, value_loss)
 
     def act(
         self, image: Tensor, state: ActState | None, is_first: Tensor, draws: Draws | None = None,
@@ -640,6 +689,44 @@ class Dreamer:
             index = self.draws.subset(total, count, is_terminal.device)
             return start.map(lambda x: x[index]), is_terminal[index]
         return start, is_terminal
+
+
+def _gradients(prefix: str, module: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    named = {f"{prefix}.{name}": p for name, p in module.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(loss, list(named.values()), retain_graph=True)
+    return dict(zip(named, found, strict=True))
+
+
+def gradient_deviation(gradients: dict[str, Tensor], reference: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest relative difference of a gradient from its reference on the CPU, and its parameter's name.
+
+    Relative to the norm of the parameter's own gradient, or to a millionth of the norm of all of them where that
+    is more: rounding alone decides what a gradient is that cancels to almost zero.
+    """
+    floor = 1e-6 * float(torch.nn.utils.get_total_norm(list(reference.values())))
+    worst, where = 0.0, ""
+    for name, expected in reference.items():
+        difference = float((gradients[name].cpu() - expected).norm())
+        deviation = difference / max(float(expected.norm()), floor, 1e-30)
+        if math.isnan(deviation):
+            deviation = math.inf
+        if deviation > worst:
+            worst, where = deviation, name
+    return worst, where
+
+
+def compare_with_cpu(agent: Dreamer, batch: Batch) -> tuple[float, str]:
+    """`gradient_deviation` of the agent's device from the CPU on one batch, with equal weights and draws.
+
+    MPS has had wrong gradients without an error (pytorch issues 153957, 175188, 177116).
+    """
+    with torch.random.fork_rng(devices=[]):  # to build a Dreamer draws initial weights
+        reference = Dreamer(agent.config, agent.image_shape, agent.action_size)
+    for name in ("world_model", "behavior"):
+        getattr(reference, name).load_state_dict(getattr(agent, name).state_dict())
+    draws = RecordedDraws(torch.Generator().manual_seed(0))
+    expected = reference.gradients(batch.to("cpu"), draws)
+    return gradient_deviation(agent.gradients(batch, draws.replay()), expected)
 
 
 def build_rssm(config: Config, embed_size: int, action_size: int) -> RSSM:

@@ -86,12 +86,12 @@ def test_debug_run_prints_a_preflight_that_fits_a_terminal_and_no_warning(debug_
 
 
 def test_debug_run_leaves_the_run_folder_of_the_readme(debug_run):
-    """Configuration, metrics, the last two checkpoints, the best policy and videos, and nothing half-written."""
+    """Configuration, metrics, the last two checkpoints and the best, policy, replay, videos; nothing half-written."""
     run_dir, _ = debug_run
     names = {path.name for path in run_dir.iterdir()}
-    assert {"config.json", "metrics.jsonl", "policy.pt", "videos", "wandb"} <= names
+    assert {"config.json", "metrics.jsonl", "policy.pt", "replay", "videos", "wandb"} <= names
     saved = [name for name in names if name.startswith("checkpoint")]
-    assert len(saved) == 2 and all(checkpoint.NAME.fullmatch(name) for name in saved)
+    assert len(saved) in (2, 3) and all(checkpoint.NAME.fullmatch(name) for name in saved)
     assert not [name for name in names if "tmp" in name]
     assert json.loads((run_dir / "config.json").read_text())["task"] == "Lift"
 
@@ -99,8 +99,8 @@ def test_debug_run_leaves_the_run_folder_of_the_readme(debug_run):
 def test_debug_run_saves_at_each_episode_end(debug_run):
     """Six episodes of 30 steps end in the debug preset; the newest checkpoints are those of the last two."""
     run_dir, _ = debug_run
-    steps = sorted(int(checkpoint.NAME.fullmatch(p.name)[1]) for p in checkpoint.list_checkpoints(run_dir))
-    assert steps == [150, 180]
+    steps = [int(checkpoint.NAME.fullmatch(p.name)[1]) for p in checkpoint.list_checkpoints(run_dir)]
+    assert steps[:2] == [180, 150]
     assert newest(run_dir)["progress"]["episode"] == 6
 
 
@@ -248,13 +248,13 @@ def test_the_seed_decides_the_run(tmp_path):
 
 
 def test_sigterm_stops_with_143_and_the_next_start_resumes(tmp_path):
-    """A terminated run exits with 143 within seconds and continues from its last checkpoint."""
+    """A terminated run exits with 143 within seconds and continues from its last episode's end."""
     flags = [*TINY.split(), "--run_dir", str(tmp_path / "run"), "--steps", "100000"]
     code = f"import sys, run; from fake_env import FakeEnv; sys.exit(run.main({flags!r}, FakeEnv))"
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
     process = subprocess.Popen([sys.executable, "-c", code], env=environ, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not checkpoint.list_checkpoints(tmp_path / "run"):
+    while not list((tmp_path / "run").glob("checkpoint_*.pt")):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
