@@ -91,10 +91,14 @@ class ReplayBuffer:
         """Agent steps held: rows without those of resets."""
         return len(self) - sum(len(episodes) for episodes in self.episodes)
 
+    @property
+    def row_bytes(self) -> int:
+        """Memory of a row."""
+        return sum(x[0].nbytes for x in (self.image, self.action, self.reward, self.is_terminal))
+
     def bytes(self, steps: int) -> int:
         """Memory, and disk, that the rows of `steps` agent steps take, or of a full buffer if that is less."""
-        row = sum(getattr(self, name)[0].nbytes for name in self.COLUMNS)
-        return row * min(len(self.image), int(1.1 * steps))
+        return self.row_bytes * min(len(self.image), int(1.1 * steps))
 
     def add(self, transition: Transition, env: int = 0) -> None:
         """Append a row to the ring of `env`; refuses what training could not survive (ValueError)."""

@@ -23,6 +23,7 @@ from networks import LOG_2PI, Draws, init_weights, low_precision
 GRU_NORM_EPS = 1e-3  # Keras' default
 GRU_UPDATE_BIAS = -1.0  # keeps the old state at first: sigmoid(-1) = 0.27
 MIN_STD = 0.1  # of Gaussian latents
+USED_NATS, USED_VARIANCE = 0.01, 0.01  # above it, a latent tells something about the image (`RSSM.used`)
 
 
 class RSSMState(NamedTuple):
@@ -171,6 +172,19 @@ class RSSM(nn.Module):
             logp = stats.log_softmax(-1)
             return -(logp.exp() * logp).sum((-2, -1))
         return (stats[..., 1].log() + 0.5 * (1 + LOG_2PI)).sum(-1)
+
+    def used(self, stats: Tensor) -> Tensor:
+        """Share of the S latents that tell posteriors (T, B, S, ...) of a batch apart: a scalar.
+
+        A categorical does whose mutual information with the batch's frames exceeds 0.01 nats, a Gaussian whose mean
+        varies by more than 0.01 (Burda et al., 2016, count active units so).
+        """
+        if self.classes:
+            probs = stats.softmax(-1)
+            entropy = torch.special.entr(probs).sum(-1).mean((0, 1))
+            information = torch.special.entr(probs.mean((0, 1))).sum(-1) - entropy
+            return (information > USED_NATS).float().mean()
+        return (stats[..., 0].var((0, 1), correction=0) > USED_VARIANCE).float().mean()
 
     def _deter(self, stoch: Tensor, deter: Tensor, action_part: Tensor, stoch_weight: Tensor) -> Tensor:
         x = F.elu(action_part + F.linear(stoch, stoch_weight))

@@ -1,8 +1,9 @@
-"""Train DreamerV2 on RoboSuite, or evaluate what it learnt.
+"""Train DreamerV2 on RoboSuite, evaluate what it learnt, or draw its curves.
 
     python run.py                           train with the preset that fits this machine
     python run.py --task Door --seed 1      any constant of train.Config is a flag
     python run.py --eval runs/Lift_cpu_0    evaluate a run or a policy file without training
+    python run.py --report runs/Lift_cpu_0  write report.html into a run folder; several runs: their curves together
 
 The same command continues a run from its newest checkpoint. Exit codes: 0 done, 1 failure, 2 the user's input,
 130 and 143 interrupted (Ctrl-C, SIGTERM).
@@ -18,6 +19,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import random
+import shlex
 import shutil
 import signal
 import sys
@@ -57,9 +59,28 @@ from checkpoint import (
 )
 from env import RebuildingEnv
 from env import make_env as make_robosuite_env
-from logger import Logger, open_loop_frames, pick_wandb_mode, policy_frame, write_video
+from logger import (
+    RECORDINGS,
+    SEQUENCES,
+    Analysis,
+    EpisodeStats,
+    Evaluation,
+    Logger,
+    Recording,
+    Stopwatch,
+    VideoError,
+    analyse,
+    dream_video,
+    memory,
+    open_loop_video,
+    pick_wandb_mode,
+    policy_video,
+    write_video,
+)
 from networks import Draws
+from report import ReportError, write_report
 from train import (
+    CONTEXT,
     MAX_SKIPPED_IN_A_ROW,
     PRESETS,
     ActState,
@@ -72,9 +93,11 @@ from train import (
 
 EVAL_SEED = 1_000_000  # of the evaluation env; its episodes are the same in every evaluation
 EVAL_EPISODES = 20  # with --eval
-OPEN_LOOP_SEQUENCES, OPEN_LOOP_STEPS = 6, 50
+DREAM_STEPS = 45  # imagined in the video of the policy's dreams
 ENV_ERRORS, ENV_ERROR_SECONDS = 2, 300.0  # an environment may fail that often in that time; then the run stops
 MAX_GRADIENT_DEVIATION = 1e-3  # of a GPU's gradients from the CPU's, relative
+# Fits 80 columns: tqdm gives the bar itself what the words leave.
+BAR_FORMAT = "{desc} {percentage:.0f}%|{bar}|{n_fmt}/{total_fmt} {remaining} left, {rate_noinv_fmt}{postfix}"
 ENV_FIELDS = (
     "task", "robot", "controller", "cameras", "image_size", "control_freq", "action_repeat", "episode_steps",
     "reward_shaping", "physics_step",
@@ -112,7 +135,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         if "unrecognized arguments" in message:
             flag = message.split(": ")[1].split()[0]
-            names = [f"--{field.name}" for field in dataclasses.fields(Config)] + ["--eval"]
+            names = [f"--{field.name}" for field in dataclasses.fields(Config)] + ["--eval", "--report"]
             near = difflib.get_close_matches(flag, names, n=1)
             hint = f"did you mean {near[0]}?" if near else "`python run.py --help` lists them all"
             message = f"unknown flag {flag}: {hint}"
@@ -135,6 +158,7 @@ def _parser() -> Parser:
         description=__doc__.split("\n\n", 1)[1], epilog="The constants are explained at the top of train.py.",
     )  # fmt: skip
     parser.add_argument("--eval", metavar="RUN", help="evaluate a run folder or policy file without training")
+    parser.add_argument("--report", metavar="RUN", nargs="+", help="write report.html into the (first) run folder")
     parsers = {bool: _parse_bool, tuple[str, ...]: _parse_names}
     for field in dataclasses.fields(Config):
         parse = parsers.get(field.type, field.type)
@@ -144,10 +168,17 @@ def _parser() -> Parser:
     return parser
 
 
-def parse_config(argv: list[str]) -> tuple[Config, dict, str | None]:
-    """The configuration that flags, preset and Config give together; the flags; and the run to evaluate, if any."""
+class Command(typing.NamedTuple):
+    """What to do instead of training."""
+
+    eval: str | None  # run folder or policy file
+    report: list[str] | None  # run folders
+
+
+def parse_config(argv: list[str]) -> tuple[Config, dict, Command]:
+    """The configuration that flags, preset and Config give together; the flags; and what else to do than train."""
     flags = vars(_parser().parse_args(argv))
-    eval_run = flags.pop("eval")
+    command = Command(flags.pop("eval"), flags.pop("report"))
     flags = {name: value for name, value in flags.items() if value is not None}
     preset, device = flags.get("preset", Config.preset), flags.get("device", Config.device)
     try:
@@ -159,7 +190,7 @@ def parse_config(argv: list[str]) -> tuple[Config, dict, str | None]:
         check_config(config)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return config, flags, eval_run
+    return config, flags, command
 
 
 def pick_device(name: str) -> torch.device:
@@ -245,49 +276,34 @@ def close_envs(envs: VectorEnv, terminate: bool) -> None:
         process.join()
 
 
-@dataclasses.dataclass
-class Evaluation:
-    """What some episodes gave; images, actions and frames of the first ones for videos."""
-
-    returns: list[float]
-    successes: list[bool]
-    images: list[np.ndarray]  # (steps + 1, C, H, W) uint8 an episode
-    actions: list[np.ndarray]  # (steps + 1, A)
-    frames: np.ndarray | None  # (steps + 1, H, W, 3) uint8 of the first episode
-
-    def summary(self) -> dict[str, float]:
-        return {
-            "eval/return_mean": float(np.mean(self.returns)),
-            "eval/return_std": float(np.std(self.returns)),
-            "eval/success_rate": float(np.mean(self.successes)),
-            "eval/episodes": len(self.returns),
-        }
-
-
 def evaluate(
     act: Callable[..., tuple[torch.Tensor, ActState]],
     env: gymnasium.Env,
     episodes: int,
+    repeat: int,
     device: torch.device,
     film: bool,
-    each_step: Callable[[], None] = lambda: None,
+    each_step: Callable[[int], None] = lambda episode: None,
 ) -> Evaluation:
     """Run the deterministic policy for `episodes` episodes with fixed seeds, in an env and with draws of its own.
 
-    An episode is a success if the task was solved at any of its steps. `film` keeps frames of the first one;
-    `each_step` may raise to stop.
+    An episode is a success if the task was solved at any of its steps. `repeat` is action_repeat; `film` keeps
+    frames of the first episode; `each_step` gets the episode's number and may raise to stop.
     """
     draws = Draws(torch.Generator(device).manual_seed(EVAL_SEED))
-    result = Evaluation([], [], [], [], None)
+    result = Evaluation([], [])
     for episode in range(episodes):
         image, _ = env.reset(seed=EVAL_SEED + episode)
-        state, done, total, success = None, False, 0.0, False
-        images, actions, frames = [image], [np.zeros(env.action_space.shape, np.float32)], []
-        filmed = film and episode == 0
-        if filmed:
-            frames.append(policy_frame(env.render(), image))
-        while not done:
-            each_step()
+        stats, state, done = EpisodeStats(repeat), None, False
+        rows, renders = [(image, np.zeros(env.action_space.shape, np.float32), 0.0, False)], []
+        while True:
+            if film and episode == 0:
+                started = time.perf_counter()
+                renders.append(env.render())
+                result.render_seconds += time.perf_counter() - started
+            if done:
+                break
+            each_step(episode)
             batch = torch.as_tensor(image, device=device)[None]
             is_first = torch.tensor([state is None], device=device)
             action, state = act(batch, state, is_first, draws, deterministic=True)
@@ -295,40 +311,17 @@ def evaluate(
             image, reward, terminated, truncated, info = env.step(action)
             if "env_error" in info:
                 tqdm.write(f"warning: an episode of the evaluation ended early: {info['env_error']}")
-            done, total, success = (
-                terminated or truncated,
-                total + float(reward),
-                success or bool(info.get("success", False)),
+            done, success = terminated or truncated, bool(info.get("success", False))
+            stats.add(float(reward), success)
+            rows.append((image, action, reward, success))
+        result.episodes.append(stats)
+        if episode < RECORDINGS:
+            images, actions, rewards, successes = map(np.stack, zip(*rows, strict=True))
+            filmed = np.stack(renders) if renders else None
+            result.recordings.append(
+                Recording(images, actions, rewards.astype(np.float32), successes, bool(terminated), filmed)
             )
-            images.append(image)
-            actions.append(action)
-            if filmed:
-                frames.append(policy_frame(env.render(), image))
-        result.returns.append(total)
-        result.successes.append(success)
-        if episode < OPEN_LOOP_SEQUENCES:
-            result.images.append(np.stack(images))
-            result.actions.append(np.stack(actions))
-        if filmed:
-            result.frames = np.stack(frames)
     return result
-
-
-def open_loop_batch(result: Evaluation, device: torch.device) -> Batch:
-    """Sequences from evaluation episodes, which training never saw, as a batch (T, B, ...)."""
-    length = min(OPEN_LOOP_STEPS, *(len(images) for images in result.images))
-    starts = [
-        (episode, part * length)
-        for part in range(OPEN_LOOP_SEQUENCES)
-        for episode, images in enumerate(result.images)
-        if (part + 1) * length <= len(images)
-    ][:OPEN_LOOP_SEQUENCES]
-    image = np.stack([result.images[e][s : s + length] for e, s in starts], axis=1)
-    action = np.stack([result.actions[e][s : s + length] for e, s in starts], axis=1)
-    flags = torch.zeros(image.shape[:2], dtype=torch.bool)
-    is_first = flags.clone()
-    is_first[0] = True
-    return Batch(torch.as_tensor(image), torch.as_tensor(action), flags.float(), is_first, flags).to(device)
 
 
 # ---------------------------------------------------------------------------------------------- run
@@ -374,6 +367,9 @@ class Run:
         self.stop_signal = 0
         self.totals: dict[str, torch.Tensor] = {}  # sums of training metrics since the last line
         self.updates_since = 0
+        self.watch = Stopwatch()
+        self.phase = self.note = ""  # as the bar shows them
+        self.last_episodes = ""  # their return and success
         self.logged_at = time.monotonic()
         self.env_errors: deque[float] = deque()  # times of the last ones
         self.lost_workers = False
@@ -485,50 +481,54 @@ class Run:
         """Collect, learn, look and save until `steps`."""
         c, p = self.config, self.progress
         resets = np.ones(c.num_envs, bool)
-        returns, successes = np.zeros(c.num_envs), np.zeros(c.num_envs, bool)
+        stats = [EpisodeStats(c.action_repeat) for _ in resets]
         image, act_state = None, None
         recent = deque(maxlen=10)  # successes of the last episodes
-        form = "{desc} {percentage:.0f}%|{bar}|{n_fmt}/{total_fmt} {elapsed}<{remaining} {rate_fmt}{postfix}"
-        bar = tqdm(total=c.steps, initial=p.step, unit="st", disable=None, dynamic_ncols=True, bar_format=form)
-        bar.set_description_str("train" if self.agent.updates else "prefill")
+        bar = tqdm(
+            total=c.steps, initial=p.step, unit=" steps", unit_scale=True, smoothing=0.05, disable=None,
+            dynamic_ncols=True, bar_format=BAR_FORMAT,
+        )  # fmt: skip
+        self.show(bar, "train" if self.agent.updates and self.replay.steps >= c.prefill else "prefill")
         self.logged_at = self.saver.saved_at = time.monotonic()
         with bar:
             while p.step < c.steps:
                 # begin episodes
                 if resets.any():
-                    with self.worker_failures():
+                    with self.watch("env"), self.worker_failures():
                         image, info = self.envs.reset(options={"reset_mask": resets.copy()})
                     self.count_env_errors(info)
                     for i in np.flatnonzero(resets):
                         self.add(i, Transition(image[i], np.zeros(self.agent.action_size), 0.0, True, False))
-                    returns[resets], successes[resets] = 0.0, False
+                        stats[i] = EpisodeStats(c.action_repeat)
 
                 # act
-                action, act_state = self.choose_actions(image, act_state, resets)
-                with self.worker_failures():
+                with self.watch("update"):  # acting waits for the GPU's updates: the two can't be told apart
+                    action, act_state = self.choose_actions(image, act_state, resets)
+                with self.watch("env"), self.worker_failures():
                     image, reward, terminated, truncated, info = self.envs.step(action)
                 failed = self.count_env_errors(info)
                 for i in np.flatnonzero(~failed):
                     self.add(i, Transition(image[i], action[i], reward[i], False, terminated[i]))
+                    stats[i].add(float(reward[i]), bool(info["success"][i]) if "success" in info else False)
                 p.step += c.num_envs * c.action_repeat
                 bar.update(c.num_envs * c.action_repeat)
-                returns += reward
-                successes |= np.asarray(info.get("success", resets), bool)
                 resets = terminated | truncated
 
                 # learn
                 if self.replay.steps >= c.prefill:
-                    self.learn(c.num_envs, bar)
+                    with self.watch("update"):
+                        self.learn(c.num_envs, bar)
                 self.check_signal()
 
                 # look and save, where an episode ends
                 for i in np.flatnonzero(resets):
                     self.replay.finish(i, p.episode)
                     p.episode += 1
-                    self.logger.scalars(p.step, {"episode/return": returns[i], "episode/success": float(successes[i])})
-                    recent.append(successes[i])
-                    speed = self.updates_since / (time.monotonic() - self.logged_at)
-                    bar.set_postfix_str(f"return {returns[i]:.1f} success {np.mean(recent):.0%} {speed:.1f} upd/s")
+                    figures = stats[i].metrics()
+                    self.logger.scalars(p.step, {f"episode/{name}": value for name, value in figures.items()})
+                    recent.append(figures["success"])
+                    self.last_episodes = f"return {figures['return']:.3g}, success {np.mean(recent):.0%}"
+                    bar.set_postfix_str(self.last_episodes, refresh=False)
                 if resets.any() or p.step >= c.steps:
                     self.look(bar)
                     self.keep()
@@ -590,7 +590,7 @@ class Run:
         if not p.pretrained:
             p.pretrained, updates = True, c.pretrain
             agent_steps = self.replay.steps - c.prefill  # those beyond the prefill
-            bar.set_description_str("pretrain")
+            self.show(bar, "pretrain", f"{updates} updates")
         p.owed += agent_steps
         due = int(p.owed / c.train_every + 1e-9)  # train_every may be a fraction such as 1.6
         updates, p.owed = updates + due, p.owed - due * c.train_every
@@ -602,7 +602,8 @@ class Run:
                 self.totals[name] = self.totals.get(name, 0.0) + value
             self.updates_since += 1
             self.check_signal()
-        bar.set_description_str("train", refresh=False)
+        if self.phase != "train":
+            self.show(bar, "train")
 
     def check_gradients(self, batch: Batch) -> None:
         """Failure where this device's gradients are not the CPU's; once a process, before its first update."""
@@ -616,6 +617,14 @@ class Run:
 
     # -- looking
 
+    def show(self, bar: tqdm, phase: str, note: str = "") -> None:
+        """Name the phase and what it is at in the bar; where there is no bar, in a line when it begins."""
+        if bar.disable and "evaluate" not in (phase, self.phase):  # an evaluation prints its result
+            print(f"step {self.progress.step}: {phase}" + (f", {note}" if note else ""), flush=True)
+        self.phase, self.note = phase, note
+        bar.set_description_str(phase, refresh=False)
+        bar.set_postfix_str(note or self.last_episodes)
+
     def look(self, bar: tqdm) -> None:
         """Log, evaluate and film what is due. Nothing here changes what training does."""
         c, p = self.config, self.progress
@@ -624,9 +633,8 @@ class Run:
             self.log_training()
         if self.agent.updates and (last or p.step - p.evaluated >= c.eval_every):
             film = last or p.step - p.filmed >= c.video_every or p.filmed == 0
-            bar.set_description_str("evaluate")
-            self.evaluate(film)
-            bar.set_description_str("train")
+            with self.watch("eval"):
+                self.evaluate(film, bar)
 
     def log_training(self) -> None:
         """One line with the means of all updates since the last one."""
@@ -645,25 +653,40 @@ class Run:
                 for o in (self.agent.model_optimizer, self.agent.actor_optimizer, self.agent.value_optimizer)
             ),
             "replay/steps": self.replay.steps,
+            "replay/episodes": sum(map(len, self.replay.episodes)),
+            "replay/gb": len(self.replay) * self.replay.row_bytes / 1e9,
         }
+        metrics |= {
+            f"perf/share_{part}": self.watch.seconds[part] / seconds for part in ("env", "update", "eval", "video")
+        }
+        metrics |= memory(self.device)
+        self.watch.seconds.clear()
         self.logger.scalars(p.step, metrics)
         self.totals, self.updates_since, self.logged_at, p.logged = {}, 0, now, p.step
 
-    def evaluate(self, film: bool) -> None:
+    def evaluate(self, film: bool, bar: tqdm) -> None:
+        """Evaluate, log what that gives, film if asked, and keep the best policy."""
         c, p = self.config, self.progress
         if self.eval_env is None:
             self.eval_env = RebuildingEnv(functools.partial(self.make_env, **env_options(c), seed=EVAL_SEED))
-        result = evaluate(self.agent.act, self.eval_env, c.eval_episodes, self.device, film, self.check_signal)
+
+        def each_step(episode: int) -> None:
+            note = f"episode {episode + 1}/{c.eval_episodes}"
+            if self.note != note:
+                self.show(bar, "evaluate", note)
+            self.check_signal()
+
+        result = evaluate(self.agent.act, self.eval_env, c.eval_episodes, c.action_repeat, self.device, film, each_step)
         summary = result.summary()
-        self.logger.scalars(p.step, summary)
+        draws = Draws(torch.Generator(self.device).manual_seed(EVAL_SEED))
+        analysis = analyse(self.agent, result.recordings, draws)
+        self.logger.scalars(p.step, summary | analysis.metrics)
         tqdm.write(f"step {p.step}: {describe(summary)}")
         if film:
-            fps = c.control_freq / c.action_repeat
-            self.logger.video(p.step, "eval", result.frames, fps)
-            draws = Draws(torch.Generator(self.device).manual_seed(EVAL_SEED))
-            truth, model = self.agent.predict_video(open_loop_batch(result, self.device), draws)
-            frames = open_loop_frames(truth.float().cpu().numpy(), model.float().cpu().numpy())
-            self.logger.video(p.step, "openloop", frames, fps)
+            self.show(bar, "evaluate", "videos")
+            self.watch.seconds["video"] += result.render_seconds
+            with self.watch("video"):
+                self.film(result, analysis, draws)
             p.filmed = p.step
         if summary["eval/return_mean"] > p.best:
             p.best, p.best_step = summary["eval/return_mean"], p.step
@@ -672,6 +695,21 @@ class Run:
             except OSError as error:
                 self.saver.warn(error)
         p.evaluated = p.step
+        self.show(bar, "train")
+
+    def film(self, result: Evaluation, analysis: Analysis, draws: Draws) -> None:
+        """The three videos: an episode, the model's open-loop prediction, and what the policy imagines."""
+        c, p = self.config, self.progress
+        fps = c.control_freq / c.action_repeat
+        self.logger.video(p.step, "eval", policy_video(result.recordings[0], c.action_repeat), fps)
+        windows = Batch(*(x[:, :SEQUENCES] for x in analysis.windows))
+        truth, model = windows.image.float() / 255, analysis.prediction.image[:, :SEQUENCES]
+        frames = open_loop_video(truth.cpu().numpy(), model.float().cpu().numpy(), c.cameras)
+        self.logger.video(p.step, "openloop", frames, fps)
+        dream = self.agent.dream(Batch(*(x[:CONTEXT] for x in windows)), DREAM_STEPS, draws)
+        image, reward = dream.image.float().cpu().numpy(), dream.reward.cpu().numpy()
+        frames = dream_video(truth[:CONTEXT].cpu().numpy(), image, reward, c.cameras, c.horizon)
+        self.logger.video(p.step, "dream", frames, fps)
 
     def close(self) -> None:
         close_envs(self.envs, self.lost_workers)
@@ -724,7 +762,27 @@ def preflight(run: Run, flags: dict, wandb_mode: tuple[str, str]) -> None:
         say(f"replay on disk: up to {need / 1e9:.2f} GB, {free_disk(run.run_dir) / 1e9:.1f} GB free")
     else:
         say("replay on disk: none; a resumed run fills it anew")
-    say(f"run folder {run.run_dir}, W&B {wandb_mode[0]} ({wandb_mode[1]})")
+    say(f"W&B {wandb_mode[0]} ({wandb_mode[1]})")
+    say(f"run folder {run.run_dir}")
+
+
+def farewell(run: Run) -> None:
+    """Say what a finished run gave, and where it is."""
+    p, folder = run.progress, shlex.quote(str(run.run_dir))
+    print(f"done: {p.step} steps, {p.episode} episodes, {run.agent.updates} updates")
+    if p.evaluated:
+        print(f"best evaluation return {p.best:.1f}, best success rate {run.logger.best_success:.0%}")
+    lines = {
+        "numbers": f"{folder}/metrics.jsonl",
+        "videos": f"{folder}/videos",
+        "policy": f"python run.py --eval {folder}",
+        "curves": f"python run.py --report {folder}",
+    }
+    if run.logger.wandb:
+        wandb_run = run.logger.wandb
+        lines["W&B"] = f"wandb leet {folder}/wandb" if wandb_run.offline else wandb_run.url
+    for name, where in lines.items():
+        print(f"  {name:<8} {where}")
 
 
 def free_memory() -> float:
@@ -801,11 +859,14 @@ def check_same_shapes(run_dir: Path, saved: dict, config: Config) -> None:
 def main(argv: list[str] | None = None, make_env: MakeEnv = make_robosuite_env) -> int:
     """Train or evaluate; returns the exit code."""
     try:
-        config, flags, eval_run = parse_config(sys.argv[1:] if argv is None else argv)
-        if eval_run:
-            return evaluate_run(Path(eval_run), flags, make_env)
+        config, flags, command = parse_config(sys.argv[1:] if argv is None else argv)
+        if command.eval:
+            return evaluate_run(Path(command.eval), flags, make_env)
+        if command.report:
+            print(f"report {write_report([Path(path) for path in command.report])}")
+            return 0
         return train_run(config, flags, make_env)
-    except UserError as error:
+    except (UserError, ReportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (CheckpointError, Failure, InUse) as error:
@@ -857,8 +918,7 @@ def _train_run(
         run.logger = Logger(run_dir, dataclasses.asdict(config), wandb_mode[0], p.wandb_id, p.metrics_size)
         with stop_on_signals(run):
             run.train()
-        print(f"done: {p.step} steps, {p.episode} episodes, {run.agent.updates} updates; "
-              f"best evaluation return {p.best:.1f}; {run_dir}")  # fmt: skip
+        farewell(run)
         return 0
     except Interrupted as stop:
         number = stop.args[0]
@@ -908,12 +968,16 @@ def evaluate_run(path: Path, flags: dict, make_env: MakeEnv) -> int:
     device = pick_device(config.device)
     with env_errors():
         env = make_env(**env_options(config), seed=EVAL_SEED)
-    result = evaluate(policy.to(device), env, config.eval_episodes, device, film=True)
+    result = evaluate(policy.to(device), env, config.eval_episodes, config.action_repeat, device, film=True)
     env.close()
     print(describe(result.summary()))
     video = file.with_suffix(".mp4")
-    if write_video(video, result.frames, config.control_freq / config.action_repeat):
+    try:
+        frames = policy_video(result.recordings[0], config.action_repeat)
+        write_video(video, frames, config.control_freq / config.action_repeat)
         print(f"video {video}")
+    except VideoError as error:
+        print(f"warning: no video: {error}")
     return 0
 
 

@@ -228,6 +228,10 @@ def check_choice(name: str, value: object) -> None:
         raise ValueError(f"{name} {value} is unknown; valid: {', '.join(map(str, CHOICES[name]))}")
 
 
+CONTEXT = 5  # frames observed before an open-loop prediction
+SATURATED = 0.95  # an action beyond it counts as saturated in the metrics
+
+
 class Imagination(NamedTuple):
     """Rollouts of the actor inside the model. Entry i of the first axis belongs to the state after i steps:
 
@@ -244,6 +248,13 @@ class Imagination(NamedTuple):
     reward: Tensor  # (H + 1, N)
     discount: Tensor  # (H + 1, N), gamma times the chance that the episode goes on
     weight: Tensor  # (H + 1, N), without gradient
+
+
+class Prediction(NamedTuple):
+    """What the model expects to see and to get."""
+
+    image: Tensor  # (T, B, C, H, W), about [0, 1], not clipped
+    reward: Tensor  # (T, B), as `WorldModel.learned_reward` has it
 
 
 class WorldModel(nn.Module):
@@ -269,7 +280,7 @@ class WorldModel(nn.Module):
         feat = post.feat
         decoded, target = self._frames(feat, image, draws)
         image_dist = self.decoder(self._head_input("decoder", decoded))
-        reward = batch.reward.tanh() if c.reward_transform == "tanh" else batch.reward
+        reward = self.learned_reward(batch.reward)
         losses = {
             "image": -image_dist.log_prob(target).mean(),
             "reward": -self.reward(self._head_input("reward", feat)).log_prob(reward).mean(),
@@ -291,6 +302,7 @@ class WorldModel(nn.Module):
                 "model/kl": kl.mean(),
                 "model/prior_entropy": self.rssm.entropy(prior).mean(),
                 "model/post_entropy": self.rssm.entropy(post.stats).mean(),
+                "model/latents_used": self.rssm.used(post.stats),
             }
         return loss, post, metrics
 
@@ -319,22 +331,27 @@ class WorldModel(nn.Module):
         policies = tuple(torch.stack(x) for x in zip(*raws, strict=True))
         return Imagination(feat, action, policies, reward, discount, weight)
 
+    def learned_reward(self, reward: Tensor) -> Tensor:
+        """The environment's rewards as the reward head learns them."""
+        return reward.tanh() if self.config.reward_transform == "tanh" else reward
+
+    def filter(self, batch: Batch, draws: Draws) -> RSSMState:
+        """Posteriors (T, B, ...) of a batch."""
+        return self.rssm.observe(self.encoder(preprocess(batch.image)), batch.action, batch.is_first, draws)[0]
+
     @torch.no_grad()
-    def predict_video(self, batch: Batch, draws: Draws, context: int = 5) -> tuple[Tensor, Tensor]:
+    def predict(self, batch: Batch, draws: Draws, context: int = CONTEXT) -> Prediction:
         """Open-loop prediction: `context` observed frames (T - 1 if that is less), then imagined ones.
 
-        Imagined frames follow the true actions. Returns truth and model, (T, B, C, H, W) each in [0, 1] (the
-        model's not clipped).
+        What is imagined follows the true actions.
         """
-        image = preprocess(batch.image)
-        context = min(context, len(image) - 1)
-        seen = slice(None, context)
-        post, _ = self.rssm.observe(self.encoder(image[seen]), batch.action[seen], batch.is_first[seen], draws)
+        context = min(context, len(batch.image) - 1)
+        post = self.filter(Batch(*(x[:context] for x in batch)), draws)
         actions = iter(batch.action[context:])
         start, steps = post.map(lambda x: x[-1]), len(batch.action) - context
         _, imagined, _ = self.rssm.imagine(lambda feat: next(actions), start, steps, draws)
         feat = torch.cat([post.feat, imagined[1:]])
-        return image + 0.5, self.decoder(feat).mean + 0.5
+        return Prediction(self.decoder(feat).mean + 0.5, self.reward(feat).mean)
 
     def _frames(self, feat: Tensor, image: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """The frames to decode: all of them, or a random part, which leaves the mean loss unbiased."""
@@ -386,6 +403,7 @@ class Behavior(nn.Module):
             "behaviour/imagined_reward_std": imagined.reward.std(correction=0),
             "behaviour/action_mean": imagined.action[1:].mean(),
             "behaviour/action_std": imagined.action[1:].std(correction=0),
+            "behaviour/action_saturated": (imagined.action[1:].detach().abs() > SATURATED).float().mean(),
         }
         return actor_loss, value_loss, {name: value.detach() for name, value in metrics.items()}
 
@@ -620,10 +638,27 @@ class Dreamer:
         with self.autocast():
             return self.policy(image, state, is_first, draws or self.draws, deterministic)
 
-    def predict_video(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Open-loop prediction of a batch; see `WorldModel.predict_video`."""
+    def predict(self, batch: Batch, draws: Draws) -> Prediction:
+        """Open-loop prediction of a batch; see `WorldModel.predict`."""
         with self.autocast():
-            return self.world_model.predict_video(batch, draws)
+            return self.world_model.predict(batch, draws)
+
+    @torch.no_grad()
+    def dream(self, batch: Batch, steps: int, draws: Draws) -> Prediction:
+        """What the policy, sampled as in training, expects for `steps` steps after the batch: (steps, B, ...)."""
+        with self.autocast():
+            start = self.world_model.filter(batch, draws).map(lambda x: x[-1])
+            actor = self.behavior.actor
+            _, feat, _ = self.world_model.rssm.imagine(lambda feat: actor(feat).rsample(draws), start, steps, draws)
+            feat = feat[1:]
+            return Prediction(self.world_model.decoder(feat).mean + 0.5, self.world_model.reward(feat).mean)
+
+    @torch.no_grad()
+    def judge(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
+        """The reward and the value that model and critic read from the posteriors of a batch: (T, B) each."""
+        with self.autocast():
+            feat = self.world_model.filter(batch, draws).feat
+            return self.world_model.reward(feat).mean, self.behavior.value(feat).mean
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The only place that lowers precision: matrix products and convolutions inside run in `autocast_dtype`."""

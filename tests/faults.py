@@ -64,7 +64,8 @@ def fingerprint(run_dir: Path) -> dict:
     del state["config"]["run_dir"]
     for name in ("metrics_size", "wandb_id"):  # depends on the length of the figures of speed
         del state["progress"][name]
-    lines = [{name: value for name, value in line.items() if not name.endswith("_per_s")} for line in metrics(run_dir)]
+    measured = ("_per_s", "_gb", "share_env", "share_update", "share_eval", "share_video")  # the machine, not the run
+    lines = [{name: value for name, value in line.items() if not name.endswith(measured)} for line in metrics(run_dir)]
     return {"state": state, "metrics": lines}
 
 

@@ -274,3 +274,13 @@ def test_balance_of_one_half_is_one_plain_kl():
     assert torch.allclose(loss, expected.detach())
     for ours, whole in zip(gradients, torch.autograd.grad(expected, (post, prior)), strict=True):
         assert torch.allclose(ours, whole, atol=1e-7)
+
+
+@both_latents
+def test_used_counts_the_latents_that_depend_on_the_input(classes):
+    """One of three latents changes over the batch, the others are the same everywhere: a third is used."""
+    stats = some_stats(classes, 3)[:1, :1].expand(T, B, -1, -1).clone()
+    rssm = make_rssm(classes)
+    assert rssm.used(stats) == 0
+    stats[: T // 2, :, 1, 0] += 3
+    assert rssm.used(stats) == pytest.approx(1 / 3)

@@ -14,6 +14,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 import checkpoint
 import logger
@@ -51,6 +52,13 @@ def same(a, b) -> bool:
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+class VisibleBar(tqdm):
+    """The bar as at a terminal, also where the output is none."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs | {"disable": False, "mininterval": 0.0})
 
 
 # ------------------------------------------------------------------------------------------ the real thing
@@ -105,13 +113,15 @@ def test_debug_run_metrics_are_finite_ordered_and_unique(debug_run):
     assert all(np.isfinite(value) for line in lines for value in line.values())
     names = set().union(*lines)
     assert {"episode/return", "eval/return_mean", "eval/success_rate", "model/kl", "behaviour/value"} <= names
+    assert {"openloop/image_mse_15", "reward/error_hovering", "behaviour/value_realised", "replay/gb"} <= names
+    assert "openloop/image_mse_45" not in names  # episodes have 31 rows
 
 
 def test_debug_run_videos_show_a_picture(debug_run):
-    """The evaluation video and the open-loop video have the expected sides and moving, non-black frames."""
+    """The three kinds of videos have the expected sides and moving, non-black frames."""
     import imageio.v2 as imageio
 
-    for name, height in (("eval", 256), ("openloop", 2 * 3 * 64)):
+    for name, height in (("eval", 32 + 256), ("openloop", 32 + 2 * 3 * 128), ("dream", 32 + 2 * 128 + 32)):
         path = sorted((debug_run[0] / "videos").glob(f"{name}_*.mp4"))[-1]
         frames = [frame for frame in imageio.get_reader(path)]
         assert frames[0].shape[0] == height and frames[0].shape[1] % 16 == 0
@@ -209,15 +219,24 @@ def test_restore_gives_back_all_that_was_saved(tmp_path):
     fresh.close()
 
 
-def test_observing_changes_nothing(tmp_path):
-    """Training losses are identical with evaluation and videos often, or never before the end."""
-    train(tmp_path / "often", "--eval_every 20 --video_every 20 --eval_episodes 3")
-    train(tmp_path / "never", "--eval_every 100000 --video_every 100000 --eval_episodes 1")
+def test_observing_changes_nothing(tmp_path, monkeypatch):
+    """Losses and weights are identical with evaluation, videos, W&B and bar often and on, or at the end and off."""
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "tqdm", VisibleBar)
+        train(tmp_path / "on", "--eval_every 20 --video_every 40 --eval_episodes 3 --wandb offline")
+    train(tmp_path / "off", "--eval_every 100000 --video_every 100000 --eval_episodes 1")
+    timed = ("perf/env_steps_per_s", "perf/updates_per_s", "perf/share", "perf/ram_gb")
     losses = [
-        [line["model/loss"] for line in metrics(tmp_path / name) if "model/loss" in line] for name in ("often", "never")
+        [
+            {key: value for key, value in line.items() if not key.startswith(timed)}
+            for line in metrics(tmp_path / name)
+            if "model/loss" in line
+        ]
+        for name in ("on", "off")
     ]
     assert losses[0] == losses[1] and len(losses[0]) >= 3
-    assert same(newest(tmp_path / "often")["agent"], newest(tmp_path / "never")["agent"])
+    assert same(newest(tmp_path / "on")["agent"], newest(tmp_path / "off")["agent"])
+    assert list((tmp_path / "on" / "wandb").glob("offline-run-*")) and not (tmp_path / "off" / "wandb").exists()
 
 
 def test_the_seed_decides_the_run(tmp_path):
@@ -309,6 +328,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
         ("--actor_dist onehot", ["actor_dist", "onehot", "trunc_normal"]),
         ("--grad_heads decoder,rewards", ["grad_heads", "rewards", "discount"]),
         ("--eval /no/such/run", ["/no/such/run"]),
+        ("--report /no/such/run", ["/no/such/run"]),
         ("--run_dir /proc/run", ["run_dir", "/proc/run"]),
         ("--wandb maybe", ["wandb", "maybe", "offline"]),
     ],
@@ -447,19 +467,6 @@ def test_importing_does_no_work():
 # ------------------------------------------------------------------------------------------ logging
 
 
-def test_wandb_mode_flag_beats_environment_beats_key(monkeypatch, tmp_path):
-    """Online only where it was asked for or a key exists."""
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    assert logger.pick_wandb_mode("disabled", {"WANDB_MODE": "online"})[0] == "disabled"
-    assert logger.pick_wandb_mode("auto", {"WANDB_MODE": "offline", "WANDB_API_KEY": "x"})[0] == "offline"
-    assert logger.pick_wandb_mode("auto", {"WANDB_API_KEY": "x"})[0] == "online"
-    assert logger.pick_wandb_mode("auto", {})[0] == "offline"
-    (tmp_path / "none").write_text("machine api.wandb.ai login user password x")
-    assert logger.pick_wandb_mode("auto", {})[0] == "online"
-    monkeypatch.setattr(logger.importlib.util, "find_spec", lambda name: None)
-    assert logger.pick_wandb_mode("online", {})[0] == "disabled"
-
-
 def test_the_program_runs_without_wandb(tmp_path, monkeypatch):
     """With wandb not importable a run ends well and its metrics are complete."""
     monkeypatch.setitem(sys.modules, "wandb", None)
@@ -477,29 +484,38 @@ def test_a_missing_video_back_end_costs_a_warning_not_the_run(tmp_path, monkeypa
 
     monkeypatch.setattr(imageio, "mimwrite", fail)
     assert train(tmp_path / "run") == 0
-    assert "no ffmpeg here" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("no ffmpeg here") == 1
     assert not list((tmp_path / "run" / "videos").glob("*"))
 
 
-def test_open_loop_frames_place_truth_model_and_error():
-    """Each camera has its truth, model and error rows, each sequence its column."""
-    truth = np.zeros((3, 2, 6, 16, 16))
-    truth[:, 1, 3:] = 1.0  # second sequence, second camera: white
-    frames = logger.open_loop_frames(truth, np.zeros_like(truth))
-    assert frames.shape == (3, 2 * 3 * 16, 2 * 16, 3) and frames.dtype == np.uint8
-    assert (frames[:, 48:64, 16:] == 255).all() and (frames[:, 48:64, :16] == 0).all()
-    assert (frames[:, 64:80] == 0).all()  # the model's row
-    assert (frames[:, 80:, 16:] == 0).all() and (frames[:, 80:, :16] == 128).all()  # error: too dark, right
+def test_each_phase_is_named_in_the_bar(tmp_path, monkeypatch, capsys):
+    """Prefill, pretrain, train and evaluate show in the bar; the end names folder, policy and report."""
+    monkeypatch.setattr(run, "tqdm", VisibleBar)
+    train(tmp_path / "run")
+    out, bar = capsys.readouterr()
+    for words in ("prefill ", "pretrain ", "train ", "evaluate ", "2 updates", "episode 1/1", "return "):
+        assert words in bar, words
+    for words in ("done: 100 steps, 5 episodes", "best evaluation return", "--report", "--eval", "metrics.jsonl"):
+        assert words in out, words
+    assert "step 0: prefill" not in out  # the bar says it
 
 
-def test_policy_frame_shows_every_camera_beside_the_large_view():
-    """One to three cameras, zoomed to half the height, in columns."""
-    render = np.full((256, 256, 3), 9, np.uint8)
-    for cameras, width in ((1, 384), (2, 384), (3, 512)):
-        image = np.arange(cameras).repeat(3)[:, None, None] * np.ones((1, 64, 64))
-        frame = logger.policy_frame(render, image.astype(np.uint8))
-        assert frame.shape == (256, width, 3)
-        assert (frame[:128, 256:384] == 0).all() and (cameras == 1 or (frame[128:, 256:384] == 1).all())
+def test_phases_are_lines_where_there_is_no_bar(tmp_path, capsys):
+    """Without a terminal each phase is said once, when it begins."""
+    train(tmp_path / "run")
+    out = capsys.readouterr().out
+    for phase in ("prefill", "pretrain, 2 updates", "train"):
+        assert len(re.findall(rf"^step \d+: {phase}$", out, re.MULTILINE)) == 1, out
+
+
+@pytest.mark.parametrize("columns", [80, 140])
+def test_the_bar_fits_a_terminal(columns):
+    """With the longest words and numbers there can be, nothing is cut off at 80 columns."""
+    line = tqdm.format_meter(
+        n=499_000, total=500_000, elapsed=5e5, ncols=columns, prefix="evaluate", unit=" steps", unit_scale=True,
+        rate=13.9, bar_format=run.BAR_FORMAT, postfix="return 444, success 100%",
+    )  # fmt: skip
+    assert len(line) <= columns and line.endswith("return 444, success 100%")
 
 
 def test_dreamer_parameter_counts_reach_the_preflight(tmp_path, capsys):
