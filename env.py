@@ -243,7 +243,8 @@ class RebuildingEnv(gymnasium.Wrapper):
 
     `build` makes the environment. A failed step ends the episode: the last image once more, no reward, truncated.
     A failed reset is tried once more in the new environment. Either says so: info["env_error"] is then one line
-    about the exception. What `build` raises passes through.
+    about the exception. An image of another type or shape than the space's is an exception too. What `build` raises
+    passes through.
     """
 
     def __init__(self, build: Callable[[], gymnasium.Env]) -> None:
@@ -253,20 +254,31 @@ class RebuildingEnv(gymnasium.Wrapper):
 
     def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
         try:
-            self._image, info = self.env.reset(**kwargs)
+            image, info = self.env.reset(**kwargs)
+            self._check(image)
         except Exception as error:  # a simulator may raise anything
             self._rebuild()
-            self._image, info = self.env.reset(**kwargs)
+            image, info = self.env.reset(**kwargs)
+            self._check(image)
             info = {**info, "env_error": _describe(error)}
-        return self._image, info
+        self._image = image
+        return image, info
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         try:
-            self._image, reward, terminated, truncated, info = self.env.step(action)
+            image, reward, terminated, truncated, info = self.env.step(action)
+            self._check(image)
         except Exception as error:  # a simulator may raise anything
             self._rebuild()
             return self._image, 0.0, False, True, {"success": False, "env_error": _describe(error)}
-        return self._image, reward, terminated, truncated, info
+        self._image = image
+        return image, reward, terminated, truncated, info
+
+    def _check(self, image: np.ndarray) -> None:
+        """Here, because on its way to the replay an image is cast to the space's type, NaNs included."""
+        space = self.env.observation_space
+        if image.dtype != space.dtype or image.shape != space.shape:
+            raise ValueError(f"an image of {image.dtype} {image.shape}, not of {space.dtype} {space.shape}")
 
     def _rebuild(self) -> None:
         generator = self.env.np_random

@@ -391,6 +391,7 @@ def test_a_crash_at_any_point_of_a_save_leaves_the_old_or_the_new_state(tmp_path
         shutil.rmtree(run_dir)
         if code == 0:
             break
+    print(f"\n{point - 1} points")
     assert seen == {5, 6} and point > 20
 
 

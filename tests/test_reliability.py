@@ -510,6 +510,13 @@ def test_a_reward_that_is_not_finite_stops_the_run_with_the_last_episode_saved(t
     assert faults.train(tmp_path / "run", make_env=NoisyEnv) == 0
 
 
+def test_an_image_that_is_not_finite_never_reaches_the_replay(tmp_path, capsys):
+    """R16: a vector of environments would cast it to uint8 in silence; its environment is rebuilt instead."""
+    assert faults.train(tmp_path / "run", "--steps 80", BadImageEnv) == 0
+    out = capsys.readouterr().out
+    assert out.count("environment 0 was rebuilt") == 1 and "an image of float64 (3, 64, 64)" in out
+
+
 def poison(patch: pytest.MonkeyPatch, updates) -> None:
     """NaNs in the gradient of the world model in these updates."""
     loss = training.WorldModel.loss
