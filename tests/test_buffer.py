@@ -134,6 +134,15 @@ def test_non_finite_rows_are_refused(bad):
     assert len(buffer) == 11 and torch.equal(tags(buffer.sample(1000, 5)).unique(), before)
 
 
+@pytest.mark.parametrize("image", [np.full(IMAGE_SHAPE, np.nan), np.zeros((3, 4, 4), np.uint8)], ids=["NaN", "shape"])
+def test_images_of_another_type_or_shape_are_refused(image):
+    """Floats, and with them NaNs, never reach the replay, which stays as it was."""
+    buffer = filled([[5]])
+    with pytest.raises(ValueError, match="image from env 0 is"):
+        buffer.add(transition(7)._replace(image=image))
+    assert len(buffer) == 5
+
+
 def test_a_ring_starts_with_an_episodes_start():
     """An env's first row must start an episode."""
     buffer = filled([[3], []])

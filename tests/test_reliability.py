@@ -926,7 +926,7 @@ def test_a_run_does_not_need_wandb(how, tmp_path):
         for child in descendants(process.pid):
             if b"wandb" in Path(f"/proc/{child}/cmdline").read_bytes():
                 os.kill(child, signal.SIGKILL)
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output.decode()
     assert [line["env_step"] for line in metrics(tmp_path / "run") if "episode/return" in line] == [
         *range(EPISODE, 401, EPISODE)
