@@ -171,13 +171,19 @@ def load_checkpoint(run_dir: Path) -> tuple[dict, Path, list[str]] | None:
     return None
 
 
-def _load(path: Path) -> dict:
+def _read_verified(path: Path, name: re.Pattern) -> bytes:
+    """The bytes of a file whose name, matching `name`, carries their hash; CheckpointError where they differ."""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path.name}: {error.strerror}") from error
-    if _digest(data) != NAME.fullmatch(path.name)[2]:
+    if _digest(data) != name.fullmatch(path.name)[2]:
         raise CheckpointError(f"{path.name} is damaged (its bytes do not match the hash in its name)")
+    return data
+
+
+def _load(path: Path) -> dict:
+    data = _read_verified(path, NAME)
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (RuntimeError, UnpicklingError) as error:
@@ -289,12 +295,7 @@ def _number(name: str) -> int:
 
 def _load_episode(path: Path) -> dict[str, np.ndarray]:
     """The columns of an episode's file; CheckpointError where it is missing, damaged or something else."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path.name}: {error.strerror}") from error
-    if _digest(data) != EPISODE_NAME.fullmatch(path.name)[2]:
-        raise CheckpointError(f"{path.name} is damaged (its bytes do not match the hash in its name)")
+    data = _read_verified(path, EPISODE_NAME)
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as columns:
             return dict(columns)
