@@ -6,6 +6,7 @@ TensorFlow code has them. Shapes: raw and action (..., A); log_prob and entropy 
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -148,3 +149,40 @@ class Actor(nn.Module):
         if self.dist == "tanh_normal":
             return TanhNormal(*raw)
         return TruncNormal(*raw, self.sample_gradient)
+
+
+class GripperHold:
+    """Exploration that now and then holds a random command of the gripper, the last action, for several steps.
+
+    Only the sign of that action counts, and RoboSuite's fingers need about 0.4 s to open or close. Signs drawn anew
+    every step leave them half open, where the cube doesn't fit between them.
+
+    Args:
+        share: of the policy's episodes that are disturbed; of the random actions before training, all are, unless 0.
+    """
+
+    START = 0.1  # chance of a disturbed policy's step to begin a hold
+    STEPS = (4, 13)  # agent steps of a hold
+
+    def __init__(self, share: float, num_envs: int):
+        self.share = share
+        self.disturbed = np.zeros(num_envs, bool)
+        self.left, self.command = np.zeros(num_envs, int), np.zeros(num_envs)
+
+    def begin(self, env: int, rng: np.random.Generator) -> None:
+        """An episode of environment `env`."""
+        if self.share:
+            self.disturbed[env], self.left[env] = rng.random() < self.share, 0
+
+    def __call__(self, action: np.ndarray, is_random: bool, rng: np.random.Generator) -> np.ndarray:
+        """Actions (num_envs, A) with the held commands in place of the gripper's own."""
+        if not self.share:
+            return action
+        action = action.copy()
+        for i in range(len(action)):
+            if self.left[i] == 0 and (is_random or (self.disturbed[i] and rng.random() < self.START)):
+                self.left[i], self.command[i] = rng.integers(*self.STEPS, endpoint=True), rng.choice((-1.0, 1.0))
+            if self.left[i]:
+                self.left[i] -= 1
+                action[i, -1] = self.command[i]
+        return action

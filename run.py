@@ -37,6 +37,7 @@ import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from tqdm import tqdm
 
+from actor import GripperHold
 from buffer import Batch, ReplayBuffer, Transition
 from checkpoint import (
     LOCK_NAME,
@@ -362,6 +363,7 @@ class Run:
         self.replay_files = ReplayFiles(run_dir, self.replay, config.save_replay)
         self.saver = Saver(run_dir, self.replay_files)
         self.envs.single_action_space.seed(config.seed)
+        self.gripper_hold = GripperHold(config.gripper_hold, config.num_envs)
         self.progress = Progress()
         self.logger: Logger | None = None
         self.stop_signal = 0
@@ -500,6 +502,7 @@ class Run:
                     for i in np.flatnonzero(resets):
                         self.add(i, Transition(image[i], np.zeros(self.agent.action_size), 0.0, True, False))
                         stats[i] = EpisodeStats(c.action_repeat)
+                        self.gripper_hold.begin(i, self.envs.single_action_space.np_random)
 
                 # act
                 with self.watch("update"):  # acting waits for the GPU's updates: the two can't be told apart
@@ -576,12 +579,14 @@ class Run:
     def choose_actions(self, image: np.ndarray, state: ActState | None, is_first: np.ndarray):
         """Random actions until the first update, then the policy's: (num_envs, A) and the policy's state."""
         if self.agent.updates == 0:
-            return np.stack([self.envs.single_action_space.sample() for _ in is_first]), None
+            action = np.stack([self.envs.single_action_space.sample() for _ in is_first])
+            return self.gripper_hold(action, True, self.envs.single_action_space.np_random), None
         if state is None:  # the policy takes over from random actions, or from nothing after a resume
             is_first = np.ones_like(is_first)
         images = torch.as_tensor(image, device=self.device)
         action, state = self.agent.act(images, state, torch.as_tensor(is_first, device=self.device))
-        return action.float().cpu().numpy(), state
+        action = action.float().cpu().numpy()
+        return self.gripper_hold(action, False, self.envs.single_action_space.np_random), state
 
     def learn(self, agent_steps: int, bar: tqdm) -> None:
         """The updates that are due after `agent_steps` more: one for each `train_every`, whatever num_envs is."""

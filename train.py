@@ -16,6 +16,7 @@ import contextlib
 import copy
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -59,6 +60,7 @@ class Config:
     device: str = "auto"  # cuda, mps or cpu; auto takes the first there is
     precision: str = "auto"  # of matrix products: float32 or bfloat16; auto: bfloat16 where the hardware has it
     run_dir: str = ""  # empty: runs/{task}_{preset}_{seed}
+    cuda_graphs: bool = True  # on CUDA, launch an update's kernels as two graphs; no effect elsewhere
     checkpoint_minutes: float = 10  # saved at the first episode end after that many minutes
     save_replay: bool = True  # keep finished episodes on disk; false: a resume fills the replay anew
     log_every: int = 500  # control steps between metric lines
@@ -72,6 +74,7 @@ class Config:
     prefill: int = 5_000  # agent steps of random actions before training
     pretrain: int = 100  # updates right after the prefill
     train_every: float = 5  # agent steps an update
+    gripper_hold: float = 0.0  # share of training episodes that hold random gripper commands now and then
     batch_size: int = 16  # sequences an update
     batch_length: int = 50  # agent steps a sequence
 
@@ -177,11 +180,11 @@ CHOICES = {
 MAY_BE_ZERO = {
     "seed", "checkpoint_minutes", "pretrain", "classes", "imagine_starts", "discount", "return_lambda",
     "reward_scale", "discount_scale", "kl_scale", "kl_balance", "kl_free", "actor_entropy", "actor_grad_mix",
-    "model_decay", "actor_decay", "value_decay",
+    "model_decay", "actor_decay", "value_decay", "gripper_hold",
     "reward_layers", "discount_layers", "actor_layers", "value_layers",
 }  # fmt: skip
 AT_MOST_ONE = {
-    "discount", "return_lambda", "kl_balance", "decode_fraction", "actor_grad_mix", "target_fraction",
+    "discount", "return_lambda", "kl_balance", "decode_fraction", "actor_grad_mix", "target_fraction", "gripper_hold",
     "model_decay", "actor_decay", "value_decay",
 }  # fmt: skip
 
@@ -510,9 +513,12 @@ class Optimizer:
         self.skipped = torch.zeros((), device=self.params[0].device)
         self.skipped_in_a_row = torch.zeros_like(self.skipped)  # stays once it is MAX_SKIPPED_IN_A_ROW
 
-    def step(self, loss: Tensor) -> Tensor:
-        """Descend `loss`; returns the gradient's global norm before clipping."""
+    def backward(self, loss: Tensor) -> None:
+        """Leave the gradients of `loss` in the parameters, for `step`."""
         loss.backward(inputs=self.params)
+
+    def step(self) -> Tensor:
+        """Descend the gradients and forget them; returns their global norm before clipping."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.params])
         self.adam.grad_scale = norm.clamp(min=self.clip) / self.clip  # the fused kernel divides by it
         self.adam.found_inf = 1.0 - norm.isfinite().float()
@@ -542,6 +548,43 @@ class Optimizer:
         self.adam.load_state_dict(dict(state["adam"], param_groups=[group]))
         self.steps = state["steps"]
         self.skipped.copy_(state["skipped"])
+
+
+class Graphed:
+    """A function of tensors that leaves gradients, replayed as one CUDA graph after a few ordinary calls.
+
+    An update is thousands of kernels that take longer to launch than to run; a graph launches them together. The
+    function must do the same on the same shapes at every call and never wait for the device. What a call returns, and
+    the gradients it leaves, are overwritten by the next one.
+    """
+
+    WARMUP = 3  # calls, in which libraries choose their algorithms and allocate their workspaces
+
+    def __init__(self, function: Callable, params: list[nn.Parameter]):
+        self.function, self.params = function, params
+        self.calls = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, *inputs: Tensor):
+        self.calls += 1
+        if self.calls <= self.WARMUP:
+            return self.function(*inputs)
+        if self.graph is None:
+            self._capture(inputs)
+        for ours, given in zip(self.inputs, inputs, strict=True):
+            ours.copy_(given)
+        self.graph.replay()
+        for param, gradient in zip(self.params, self.gradients, strict=True):
+            param.grad = gradient
+        return self.outputs
+
+    def _capture(self, inputs: tuple[Tensor, ...]) -> None:
+        """Record the function's kernels, none of which runs yet. The parameters must have no gradients."""
+        self.inputs = [x.clone() for x in inputs]
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = self.function(*self.inputs)
+        self.gradients = [param.grad for param in self.params]
 
 
 class Dreamer:
@@ -574,6 +617,12 @@ class Dreamer:
         self.value_optimizer = Optimizer(self.behavior.value, c.value_lr, c.value_eps, c.value_clip, c.value_decay)
         self.draws = Draws()
         self.updates = 0
+        self._learn_model, self._learn_behavior = self._model_gradients, self._behavior_gradients
+        if self.device.type == "cuda" and c.cuda_graphs:
+            self._learn_model = Graphed(self._learn_model, self.model_optimizer.params)
+            self._learn_behavior = Graphed(
+                self._learn_behavior, self.actor_optimizer.params + self.value_optimizer.params
+            )
 
     @property
     def optimizers(self) -> tuple[Optimizer, Optimizer, Optimizer]:
@@ -581,23 +630,37 @@ class Dreamer:
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One update of everything on a batch (T, B, ...) on the agent's device. Returns detached scalars."""
-        model, behavior, draws = self.world_model, self.behavior, self.draws
-        with self.autocast():
-            model_loss, post, metrics = model.loss(batch, draws)
-        metrics["model/grad_norm"] = self.model_optimizer.step(model_loss)
-
+        post, model_metrics = self._learn_model(*batch)
+        metrics = dict(model_metrics)
+        metrics["model/grad_norm"] = self.model_optimizer.step()
         start, is_terminal = self._starts(post, batch.is_terminal)
-        with self.autocast(), frozen(model):
-            differentiable = self.config.actor_grad != "reinforce"
-            imagined = model.imagine(behavior.actor, start, is_terminal, draws, differentiable)
-            actor_loss, value_loss, behavior_metrics = behavior.loss(imagined, draws)
-        metrics |= behavior_metrics
-        metrics["behaviour/actor_grad_norm"] = self.actor_optimizer.step(actor_loss)
-        metrics["behaviour/value_grad_norm"] = self.value_optimizer.step(value_loss)
+        metrics |= self._learn_behavior(*start, is_terminal)
+        metrics["behaviour/actor_grad_norm"] = self.actor_optimizer.step()
+        metrics["behaviour/value_grad_norm"] = self.value_optimizer.step()
 
         if self.updates % self.config.target_every == 0:
-            behavior.update_target(1.0 if self.updates == 0 else self.config.target_fraction)
+            self.behavior.update_target(1.0 if self.updates == 0 else self.config.target_fraction)
         self.updates += 1
+        return metrics
+
+    def _model_gradients(self, *batch: Tensor) -> tuple[RSSMState, dict[str, Tensor]]:
+        """Step 1 up to the gradients. Returns the posteriors (T, B, ...) and metrics."""
+        with self.autocast():
+            loss, post, metrics = self.world_model.loss(Batch(*batch), self.draws)
+        self.model_optimizer.backward(loss)
+        return post.detach(), metrics
+
+    def _behavior_gradients(self, *start: Tensor) -> dict[str, Tensor]:
+        """Steps 2 and 3 up to the gradients, from the tensors of a state (N, ...) and is_terminal (N,)."""
+        *state, is_terminal = start
+        with self.autocast(), frozen(self.world_model):
+            imagined = self.world_model.imagine(
+                self.behavior.actor, RSSMState(*state), is_terminal, self.draws,
+                differentiable=self.config.actor_grad != "reinforce",
+            )  # fmt: skip
+            actor_loss, value_loss, metrics = self.behavior.loss(imagined, self.draws)
+        self.actor_optimizer.backward(actor_loss)
+        self.value_optimizer.backward(value_loss)
         return metrics
 
     def skipped_in_a_row(self) -> int:

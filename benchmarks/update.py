@@ -60,8 +60,8 @@ class Profile:
             parts.append(("discount head (both uses)", model.discount, "forward"))
         for name in ("model", "actor", "value"):
             optimizer = getattr(agent, f"{name}_optimizer")
-            parts.append((f"{name} backward and step", optimizer, "step"))
-            parts.append((f"{name} optimizer step alone", optimizer.adam, "step"))
+            parts.append((f"{name} backward", optimizer, "backward"))
+            parts.append((f"{name} optimizer", optimizer, "step"))
         for name, owner, method in parts:
             setattr(owner, method, self._timed(name, getattr(owner, method)))
 

@@ -14,6 +14,7 @@ from networks import Bernoulli, Draws, UnitNormal
 from recording import Recording, Replay, from_their_layout, refuse, to_their_layout
 from replay_case import named_parameters, optimizer_of
 from rssm import RSSM, GRUCell, kl_loss
+from tiny import descend
 from train import PRESETS, Config, Dreamer, Optimizer, lambda_return
 
 
@@ -199,7 +200,7 @@ def replay_adam(recording: Recording) -> None:
         params = nn.ParameterList(nn.Parameter(x.clone()) for x in starts)
         optimizer, norms, steps = Optimizer(params, lr, eps, clip, decay), [], ([], [])
         for step in range(len(gradients[0])):
-            norms.append(optimizer.step(sum((p * g[step]).sum() for p, g in zip(params, gradients, strict=True))))
+            norms.append(descend(optimizer, sum((p * g[step]).sum() for p, g in zip(params, gradients, strict=True))))
             for history, p in zip(steps, params, strict=True):
                 history.append(p.detach().clone())
         recording.compare(f"{part}/grad_norm", torch.stack(norms), "gradient", "adam/grad_norm")

@@ -23,7 +23,7 @@ import train as training
 from fake_env import FakeEnv
 from faults import Fork, NoisyEnv, copies_at_each_checkpoint, descendants, difference, fingerprint, flip_bit
 from test_run import TINY, metrics, newest
-from tiny import random_batch, tiny_config, tiny_dreamer
+from tiny import descend, random_batch, tiny_config, tiny_dreamer
 
 ROOT = Path(__file__).parent.parent
 EPISODE = 20  # control steps
@@ -575,7 +575,7 @@ def test_skips_are_counted_in_a_row_on_the_device():
     for bad, expected in ((1, 1), (1, 2), (0, 0), *((1, i + 1) for i in range(10)), (0, 10), (1, 10)):
         loss = weight.square().sum() * (float("nan") if bad else 1.0)
         loss = loss + sum(0.0 * p.sum() for p in optimizer.params)
-        optimizer.step(loss)
+        descend(optimizer, loss)
         assert agent.skipped_in_a_row() == expected
     assert agent.non_finite() is None
 

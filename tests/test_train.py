@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from networks import LOG_2PI, Draws
 from rssm import RSSMState
-from tiny import ACTION_SIZE, image_shape, random_batch, seeded, tiny_config, tiny_dreamer
+from tiny import ACTION_SIZE, descend, image_shape, random_batch, seeded, tiny_config, tiny_dreamer
 from train import (
     PRESETS,
     Behavior,
@@ -324,7 +324,7 @@ def test_actor_update_moves_only_the_actor(grad, dist):
     assert all(p.grad is None for p in others)
     behavior.zero_grad()
     before = [parameters(m) for m in (model, behavior.value, behavior.target_value, behavior.actor)]
-    dreamer.actor_optimizer.step(actor_loss)
+    descend(dreamer.actor_optimizer, actor_loss)
     assert unchanged(model, before[0]) and unchanged(behavior.value, before[1])
     assert unchanged(behavior.target_value, before[2]) and not unchanged(behavior.actor, before[3])
 
@@ -443,7 +443,7 @@ def test_entropy_bonus():
     entropy = []
     for _ in range(20):
         loss, _, metrics = behavior.loss(rollouts(behavior), seeded())
-        optimizer.step(loss)
+        descend(optimizer, loss)
         entropy.append(metrics["behaviour/entropy"].item())
     assert entropy[-1] > entropy[0] + 0.05
 
@@ -488,7 +488,7 @@ def test_value_converges_to_the_return():
     imagined = rollouts(behavior, reward=0.5, discount=0.8)
     imagined = imagined._replace(feat=imagined.feat[:1].expand(5, -1, -1))  # states that stay as they are
     for _ in range(300):
-        optimizer.step(behavior.loss(imagined, seeded())[1])
+        descend(optimizer, behavior.loss(imagined, seeded())[1])
         behavior.update_target(1.0)
     assert torch.allclose(behavior.value(imagined.feat).mean, torch.tensor(2.5), atol=0.1)
 
@@ -568,7 +568,7 @@ def test_optimizer_equals_a_plain_loop():
     norms = gradients.norm(dim=1)
     assert (norms > clip).any() and (norms < eps).any()
     for t, gradient in enumerate(gradients, start=1):
-        norm = optimizer.step(module.loss(gradient))
+        norm = descend(optimizer, module.loss(gradient))
         assert norm.item() == pytest.approx(norms[t - 1].item())
         g = gradient.double().numpy() * min(1.0, clip / norms[t - 1].item())
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
@@ -581,7 +581,7 @@ def test_decay_does_not_depend_on_the_learning_rate():
     for lr in (1e-4, 1.0):
         module = Numbers()
         before = module.flat()
-        Optimizer(module, lr=lr, eps=1e-5, clip=1.0, decay=0.125).step(module.loss(torch.zeros(4)))
+        descend(Optimizer(module, lr=lr, eps=1e-5, clip=1.0, decay=0.125), module.loss(torch.zeros(4)))
         assert torch.allclose(module.flat(), 0.875 * before)
 
 
@@ -591,14 +591,14 @@ def test_non_finite_gradients_are_skipped_and_counted(bad):
     module = Numbers()
     optimizer = Optimizer(module, lr=1e-2, eps=1e-5, clip=1.0, decay=0.125)
     gradients = some_gradients()
-    optimizer.step(module.loss(gradients[0]))
+    descend(optimizer, module.loss(gradients[0]))
     before, moments = module.flat(), copy.deepcopy(optimizer.adam.state_dict()["state"])
-    norm = optimizer.step(module.loss(torch.tensor([1.0, bad, 1.0, 1.0])))
+    norm = descend(optimizer, module.loss(torch.tensor([1.0, bad, 1.0, 1.0])))
     assert not norm.isfinite() and optimizer.skipped.item() == 1
     assert torch.equal(module.flat(), before)
     for index, state in optimizer.adam.state_dict()["state"].items():
         assert all(torch.equal(x, moments[index][name]) for name, x in state.items())
-    optimizer.step(module.loss(gradients[1]))
+    descend(optimizer, module.loss(gradients[1]))
     assert module.flat().isfinite().all() and not torch.equal(module.flat(), before)
     assert optimizer.skipped.item() == 1
 

@@ -3,10 +3,11 @@
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from buffer import Batch
 from networks import Draws
-from train import Config, Dreamer
+from train import Config, Dreamer, Optimizer
 
 ACTION_SIZE = 3
 
@@ -51,3 +52,9 @@ def tiny_dreamer(config: Config, seed: int = 0, **kwargs) -> Dreamer:
 def seeded(seed: int = 0) -> Draws:
     """Draws of a generator of their own."""
     return Draws(torch.Generator().manual_seed(seed))
+
+
+def descend(optimizer: Optimizer, loss: Tensor) -> Tensor:
+    """One step down `loss`; returns the gradient's norm."""
+    optimizer.backward(loss)
+    return optimizer.step()
