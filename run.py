@@ -359,7 +359,8 @@ class Run:
         action_size = actions.shape[0]
         dtype = pick_precision(config.precision, device)
         self.agent = Dreamer(config, image_shape, action_size, device, dtype)
-        self.replay = ReplayBuffer(config.capacity, config.num_envs, image_shape, action_size, config.seed)
+        where = pick_replay_device(config.capacity, image_shape, device)
+        self.replay = ReplayBuffer(config.capacity, config.num_envs, image_shape, action_size, config.seed, where)
         self.replay_files = ReplayFiles(run_dir, self.replay, config.save_replay)
         self.saver = Saver(run_dir, self.replay_files)
         self.envs.single_action_space.seed(config.seed)
@@ -482,6 +483,7 @@ class Run:
     def loop(self) -> None:
         """Collect, learn, look and save until `steps`."""
         c, p = self.config, self.progress
+        overlap = overlaps(c.num_envs, self.device)
         resets = np.ones(c.num_envs, bool)
         stats = [EpisodeStats(c.action_repeat) for _ in resets]
         image, act_state = None, None
@@ -507,8 +509,13 @@ class Run:
                 # act
                 with self.watch("update"):  # acting waits for the GPU's updates: the two can't be told apart
                     action, act_state = self.choose_actions(image, act_state, resets)
+                if overlap:  # the workers step while the GPU learns
+                    with self.watch("env"), self.worker_failures():
+                        self.envs.step_async(action)
+                    self.learn(c.num_envs, bar)
                 with self.watch("env"), self.worker_failures():
-                    image, reward, terminated, truncated, info = self.envs.step(action)
+                    result = self.envs.step_wait() if overlap else self.envs.step(action)
+                image, reward, terminated, truncated, info = result
                 failed = self.count_env_errors(info)
                 for i in np.flatnonzero(~failed):
                     self.add(i, Transition(image[i], action[i], reward[i], False, terminated[i]))
@@ -518,9 +525,8 @@ class Run:
                 resets = terminated | truncated
 
                 # learn
-                if self.replay.steps >= c.prefill:
-                    with self.watch("update"):
-                        self.learn(c.num_envs, bar)
+                if not overlap:
+                    self.learn(c.num_envs, bar)
                 self.check_signal()
 
                 # look and save, where an episode ends
@@ -591,6 +597,8 @@ class Run:
     def learn(self, agent_steps: int, bar: tqdm) -> None:
         """The updates that are due after `agent_steps` more: one for each `train_every`, whatever num_envs is."""
         c, p = self.config, self.progress
+        if self.replay.steps < c.prefill:
+            return
         updates = 0
         if not p.pretrained:
             p.pretrained, updates = True, c.pretrain
@@ -599,14 +607,15 @@ class Run:
         p.owed += agent_steps
         due = int(p.owed / c.train_every + 1e-9)  # train_every may be a fraction such as 1.6
         updates, p.owed = updates + due, p.owed - due * c.train_every
-        for _ in range(updates):
-            batch = self.replay.sample(c.batch_size, c.batch_length).to(self.device)
-            if not self.gradients_checked:
-                self.check_gradients(batch)
-            for name, value in self.agent.train_step(batch).items():
-                self.totals[name] = self.totals.get(name, 0.0) + value
-            self.updates_since += 1
-            self.check_signal()
+        with self.watch("update"):
+            for _ in range(updates):
+                batch = self.replay.sample(c.batch_size, c.batch_length).to(self.device)
+                if not self.gradients_checked:
+                    self.check_gradients(batch)
+                for name, value in self.agent.train_step(batch).items():
+                    self.totals[name] = self.totals.get(name, 0.0) + value
+                self.updates_since += 1
+                self.check_signal()
         if self.phase != "train":
             self.show(bar, "train")
 
@@ -759,8 +768,11 @@ def preflight(run: Run, flags: dict, wandb_mode: tuple[str, str]) -> None:
     sizes = {name: sum(p.numel() for p in module.parameters()) / 1e6 for name, module in modules.items()}
     say("parameters: " + ", ".join(f"{name} {size:.2f} M" for name, size in sizes.items()))
     need, free = run.replay.bytes(c.steps // c.action_repeat), free_memory()
-    say(f"replay: up to {need / 1e9:.2f} GB of memory, {free / 1e9:.1f} GB free")
-    if need > free:
+    if run.replay.image.is_cuda:
+        say(f"replay: {run.replay.image.nbytes / 1e9:.2f} GB of the GPU's memory")
+    elif need <= free:
+        say(f"replay: up to {need / 1e9:.2f} GB of memory, {free / 1e9:.1f} GB free")
+    else:
         rows = int(c.capacity * free / need * 0.9)
         raise UserError(f"capacity {c.capacity} needs {need / 1e9:.1f} GB but {free / 1e9:.1f} are free: try {rows}")
     if c.save_replay:
@@ -788,6 +800,18 @@ def farewell(run: Run) -> None:
         lines["W&B"] = f"wandb leet {folder}/wandb" if wandb_run.offline else wandb_run.url
     for name, where in lines.items():
         print(f"  {name:<8} {where}")
+
+
+def overlaps(num_envs: int, device: torch.device) -> bool:
+    """Whether environments step while the agent learns: in workers beside a GPU. On a CPU both want its cores."""
+    return num_envs > 1 and device.type == "cuda"
+
+
+def pick_replay_device(capacity: int, image_shape: tuple[int, int, int], device: torch.device) -> torch.device:
+    """The GPU if the replay takes at most half of the memory that is free there, else the host."""
+    if device.type == "cuda" and capacity * np.prod(image_shape) <= torch.cuda.mem_get_info(device)[0] / 2:
+        return device
+    return torch.device("cpu")
 
 
 def free_memory() -> float:

@@ -168,13 +168,20 @@ def test_training_updates_at_the_exact_ratio(flags, agent_steps, prefill, train_
     assert newest(tmp_path / "run")["agent"]["updates"] == 2 + int((agent_steps - prefill) / train_every + 1e-9)
 
 
-def test_several_envs_live_in_workers_that_end_with_the_run(tmp_path):
-    """With num_envs 2, both write to the replay, steps count for both, and no worker is left behind."""
+@pytest.mark.parametrize("overlap", [False, True], ids=["in turns", "at once"])
+def test_several_envs_live_in_workers_that_end_with_the_run(overlap, tmp_path, monkeypatch):
+    """With num_envs 2, both write to the replay, steps count for both, and no worker is left behind.
+
+    So also where they step while the agent learns, as they do beside a GPU.
+    """
+    monkeypatch.setattr(run, "overlaps", lambda num_envs, device: overlap)
     assert train(tmp_path / "run", "--num_envs 2 --prefill 40 --steps 160") == 0
     lines = metrics(tmp_path / "run")
     assert sum("episode/return" in line for line in lines) == 160 // 20
     assert newest(tmp_path / "run")["progress"]["step"] == 160
     assert len(newest(tmp_path / "run")["rng"]["envs"]) == 2
+    after_prefill = 160 - 40 - 2 * overlap  # steps under way when learning begins earn no update
+    assert newest(tmp_path / "run")["agent"]["updates"] == 2 + after_prefill // 5
     import multiprocessing
 
     assert not multiprocessing.active_children()
