@@ -227,23 +227,31 @@ def test_restore_gives_back_all_that_was_saved(tmp_path):
 
 
 def test_observing_changes_nothing(tmp_path, monkeypatch):
-    """Losses and weights are identical with evaluation, videos, W&B and bar often and on, or at the end and off."""
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "tqdm", VisibleBar)
-        train(tmp_path / "on", "--eval_every 20 --video_every 40 --eval_episodes 3 --wandb offline")
-    train(tmp_path / "off", "--eval_every 100000 --video_every 100000 --eval_episodes 1")
+    """R15: losses and weights are identical with W&B, bar, videos and evaluations on or off, in all pairs of those."""
+    settings = [(0, 0, 0, 0), (0, 1, 1, 1), (1, 0, 1, 1), (1, 1, 0, 1), (1, 1, 1, 0)]
     timed = ("perf/env_steps_per_s", "perf/updates_per_s", "perf/share", "perf/ram_gb")
-    losses = [
-        [
+    found = []
+    for number, (wandb, bar, video, often) in enumerate(settings):
+        run_dir = tmp_path / str(number)
+        with monkeypatch.context() as patch:
+            if bar:
+                patch.setattr(run, "tqdm", VisibleBar)
+            if not video:
+                patch.setattr(run.Run, "film", lambda *args: None)
+            evaluate = "--eval_every 20 --video_every 40 --eval_episodes 3" if often else "--eval_every 100000"
+            assert train(run_dir, f"{evaluate} --wandb {'offline' if wandb else 'disabled'}") == 0
+        losses = [
             {key: value for key, value in line.items() if not key.startswith(timed)}
-            for line in metrics(tmp_path / name)
+            for line in metrics(run_dir)
             if "model/loss" in line
         ]
-        for name in ("on", "off")
-    ]
-    assert losses[0] == losses[1] and len(losses[0]) >= 3
-    assert same(newest(tmp_path / "on")["agent"], newest(tmp_path / "off")["agent"])
-    assert list((tmp_path / "on" / "wandb").glob("offline-run-*")) and not (tmp_path / "off" / "wandb").exists()
+        assert bool(list(run_dir.glob("wandb/offline-run-*"))) == bool(wandb)
+        assert bool(list(run_dir.glob("videos/*.mp4"))) == bool(video)
+        assert sum("eval/return_mean" in line for line in metrics(run_dir)) == (5 if often else 1)
+        found.append((losses, newest(run_dir)["agent"]))
+    assert len(found[0][0]) >= 3
+    for losses, agent in found[1:]:
+        assert losses == found[0][0] and same(agent, found[0][1])
 
 
 def test_the_seed_decides_the_run(tmp_path):

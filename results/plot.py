@@ -1,0 +1,120 @@
+"""The learning curves of this folder.
+
+    python results/plot.py                      draws all runs into results/curves.png
+    python results/plot.py --add RUN_FOLDER     first writes a run's curve into this folder
+
+A curve comes from the run's own evaluations: deterministic policy, fixed seeds.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from train import PRESETS, Config  # noqa: E402
+
+# Share of an episode's largest return. The expert is a script that opens, descends, closes and lifts.
+ANCHORS = {
+    "cpu": {"expert script": 0.88, "hovering at the cube, at most": 0.444, "random": 0.0075},
+    "standard": {"expert script": 481 / 500, "hovering at the cube, at most": 0.444, "random": 0.0075},
+}
+# RoboSuite's published SAC, which sees the full state: median env steps of five seeds to returns of 500.
+SAC = {"env_step": (120_000, 400_000, 438_000, 648_000, 820_000), "return": (217, 217, 300, 400, 450)}
+TITLES = {"cpu": "cpu preset (10 Hz, 100 steps), two cores", "standard": "standard preset (20 Hz, 500 steps)"}
+
+
+def add(run_dir: Path, name: str, hardware: str, commit: str, notes: str) -> Path:
+    """Write a run folder's evaluations as results/{task}_{preset}_seed{seed}_{name}.json."""
+    saved = json.loads((run_dir / "config.json").read_text())
+    names = set(Config.__dataclass_fields__)
+    config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in names})
+    preset = replace(Config(), **PRESETS[config.preset])
+    apart = {"preset", "seed", "run_dir", "wandb", "device", "video_every", "checkpoint_minutes"}
+    changed = {name: getattr(config, name) for name in names - apart if getattr(config, name) != getattr(preset, name)}
+    hours, logged, curve = 0.0, 0, []
+    for row in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()):
+        if "perf/env_steps_per_s" in row:
+            hours += (row["env_step"] - logged) / row["perf/env_steps_per_s"] / 3600
+            logged = row["env_step"]
+        if "eval/return_mean" in row:
+            point = {name: row[f"eval/{name}"] for name in ("return_mean", "return_std", "success_rate", "episodes")}
+            curve.append({"env_step": row["env_step"], "hours": round(hours, 3)} | point)
+    result = {
+        "task": config.task, "preset": config.preset, "changed": dict(sorted(changed.items())), "seed": config.seed,
+        "commit": commit, "hardware": hardware, "hours": round(hours, 3), "episode_steps": config.episode_steps,
+        "curve": curve, "notes": notes,
+    }  # fmt: skip
+    path = HERE / f"{config.task.lower()}_{config.preset}_seed{config.seed}_{name}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path
+
+
+def draw(path: Path) -> None:
+    """All runs: unchanged presets in colour with their median in bold, those with changed constants in grey."""
+    runs = [json.loads(file.read_text()) for file in sorted(HERE.glob("*.json"))]
+    presets = [preset for preset in TITLES if any(run["preset"] == preset for run in runs)]
+    figure, axes = plt.subplots(2, len(presets), figsize=(5.2 * len(presets), 6), squeeze=False, sharex="col")
+    for column, preset in zip(axes.T, presets, strict=True):
+        mine = [run for run in runs if run["preset"] == preset]
+        by_time = preset == "cpu"
+        for axis, metric in zip(column, ("return_mean", "success_rate"), strict=True):
+            curves = []
+            for run in mine:
+                scale = run["episode_steps"] if metric == "return_mean" else 1
+                x = [60 * p["hours"] if by_time else p["env_step"] / 1000 for p in run["curve"]]
+                y = [p[metric] / scale for p in run["curve"]]
+                tried = bool(run["changed"])
+                axis.plot(x, y, color="0.75" if tried else "#0b6fb8", linewidth=1, zorder=1 if tried else 2)
+                if not tried:
+                    curves.append((x, y))
+            if len(curves) > 1:
+                grid = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 200)
+                median = np.median([np.interp(grid, x, y) for x, y in curves], 0)
+                axis.plot(grid, median, color="#0b6fb8", linewidth=3, zorder=3, label="median of the seeds")
+            axis.set_ylim(-0.02, 1.02)
+            axis.grid(alpha=0.3)
+        for name, height in ANCHORS[preset].items():
+            column[0].axhline(height, color="0.3", linewidth=0.8, linestyle="--")
+            column[0].annotate(name, (0.01, height + 0.012), xycoords=("axes fraction", "data"), fontsize=8)
+        if preset == "standard":
+            steps, returns = np.array(SAC["env_step"]) / 1000, np.array(SAC["return"]) / 500
+            column[0].plot(steps, returns, color="#d9730d", label="SAC from full state (median)")
+        column[0].set_title(TITLES[preset], fontsize=10)
+        column[0].set_ylabel("return / episode length")
+        column[1].set_ylabel("success rate")
+        column[1].set_xlabel("minutes" if by_time else "thousand control steps")
+        if column[0].get_legend_handles_labels()[0]:
+            column[0].legend(loc="lower right", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--add", type=Path, metavar="RUN_FOLDER", help="write this run's curve first")
+    parser.add_argument("--name", help="ends the file's name; by default the commit")
+    parser.add_argument("--hardware", default="unknown", help="where it ran")
+    parser.add_argument("--commit", help="that it ran with; by default the present one")
+    parser.add_argument("--notes", default="", help="what to know of it, such as its command and why it ended")
+    args = parser.parse_args()
+    if args.add:
+        commit = args.commit or subprocess.check_output(
+            ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], text=True
+        ).strip()  # fmt: skip
+        print(add(args.add, args.name or commit, args.hardware, commit, args.notes))
+    draw(HERE / "curves.png")
+    print(HERE / "curves.png")
+
+
+if __name__ == "__main__":
+    main()
