@@ -16,7 +16,7 @@ from networks import LOG_2PI, MLP, Draws, init_weights
 MIN_STD = 0.1
 SAMPLE_MARGIN = 1e-6  # samples of the truncated normal keep this far from its bounds
 TANH_SCALE = 5.0  # soft limit on the mean before tanh
-ENTROPY_SAMPLES = 100  # a squashed Gaussian has no closed entropy
+ENTROPY_SAMPLES = 100  # the author's; a squashed Gaussian has no closed entropy
 ATANH_LIMIT = 0.99999997
 
 DISTRIBUTIONS = ("trunc_normal", "tanh_normal", "onehot")
@@ -68,9 +68,10 @@ class TruncNormal:
 
 
 class TanhNormal:
-    """tanh of a normal with mean 5 tanh(out / 5) and std softplus(raw) + 0.1."""
+    """tanh of a normal with mean 5 tanh(out / 5) and std softplus(raw) + 0.1; entropy from `samples` samples."""
 
-    def __init__(self, out: Tensor, raw_std: Tensor):
+    def __init__(self, out: Tensor, raw_std: Tensor, samples: int = ENTROPY_SAMPLES):
+        self.samples = samples
         self.mean = TANH_SCALE * torch.tanh(out.float() / TANH_SCALE)
         self.std = F.softplus(raw_std.float()) + MIN_STD
 
@@ -86,7 +87,7 @@ class TanhNormal:
         return self._log_prob_before_tanh(torch.atanh(action.clamp(-ATANH_LIMIT, ATANH_LIMIT)))
 
     def entropy(self, draws: Draws) -> Tensor:
-        mean = self.mean.expand(ENTROPY_SAMPLES, *self.mean.shape)
+        mean = self.mean.expand(self.samples, *self.mean.shape)
         return -self._log_prob_before_tanh(mean + self.std * draws.normal(mean.detach())).mean(0)
 
     def _log_prob_before_tanh(self, x: Tensor) -> Tensor:
@@ -125,9 +126,12 @@ def _density(z: Tensor) -> Tensor:
 class Actor(nn.Module):
     """feat (..., F) -> action distribution."""
 
-    def __init__(self, *, feat_size: int, action_size: int, layers: int, units: int, dist: str, sample_gradient: str):
+    def __init__(
+        self, *, feat_size: int, action_size: int, layers: int, units: int, dist: str,
+        sample_gradient: str = "straight_through", entropy_samples: int = ENTROPY_SAMPLES,
+    ):  # fmt: skip
         super().__init__()
-        self.dist, self.sample_gradient = dist, sample_gradient
+        self.dist, self.sample_gradient, self.entropy_samples = dist, sample_gradient, entropy_samples
         self.mlp = MLP(feat_size, layers, units)
         self.out = nn.Linear(self.mlp.size, action_size)
         if dist != "onehot":
@@ -147,7 +151,7 @@ class Actor(nn.Module):
         if self.dist == "onehot":
             return OneHot(*raw)
         if self.dist == "tanh_normal":
-            return TanhNormal(*raw)
+            return TanhNormal(*raw, self.entropy_samples)
         return TruncNormal(*raw, self.sample_gradient)
 
 

@@ -116,6 +116,7 @@ class Config:
     actor_units: int = 400
     actor_dist: str = "trunc_normal"  # or tanh_normal; onehot for discrete actions
     trunc_normal_gradient: str = "straight_through"  # as the author's; exact: with the bounds' movement
+    entropy_samples: int = 100  # that tanh_normal's entropy is estimated from
     actor_grad: str = "dynamics"  # or reinforce, or both
     actor_grad_mix: float = 0.1  # of `both`: share of dynamics
     actor_entropy: float = 1e-4  # weight of the entropy bonus
@@ -802,7 +803,7 @@ def build_rssm(config: Config, embed_size: int, action_size: int) -> RSSM:
 def build_actor(config: Config, feat_size: int, action_size: int) -> Actor:
     return Actor(
         feat_size=feat_size, action_size=action_size, layers=config.actor_layers, units=config.actor_units,
-        dist=config.actor_dist, sample_gradient=config.trunc_normal_gradient,
+        dist=config.actor_dist, sample_gradient=config.trunc_normal_gradient, entropy_samples=config.entropy_samples,
     )  # fmt: skip
 
 

@@ -989,3 +989,24 @@ def test_resume_is_exact_on_robosuite(tmp_path):
         assert checkpoint._step(before) < steps
         finish(tmp_path / str(steps))
         assert difference(fingerprint(tmp_path / str(steps)), fingerprint(tmp_path / "straight")) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_workers_memory_does_not_grow_with_resets():
+    """Two workers with real RoboSuite: 200 resets and a few rendered steps after each add less than 50 MB to either."""
+    config = training.Config(**training.PRESETS["cpu"], num_envs=2)
+    envs = run.make_envs(config, run.make_robosuite_env)
+    try:
+        sizes = []
+        for number in range(220):
+            envs.reset(options={"reset_mask": np.ones(2, bool)})
+            for _ in range(3):
+                envs.step(np.stack([envs.single_action_space.sample() for _ in range(2)]))
+            if number in (19, 219):  # after caches are warm, and at the end
+                pages = [int(Path(f"/proc/{p.pid}/statm").read_text().split()[1]) for p in envs.processes]
+                sizes.append(np.array(pages) * resource.getpagesize() / 2**20)
+    finally:
+        run.close_envs(envs, terminate=False)
+    print(f"\n{sizes[0].round()} -> {sizes[1].round()} MB")
+    assert (sizes[1] - sizes[0] < 50).all()
