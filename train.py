@@ -120,6 +120,8 @@ class Config:
     actor_grad: str = "dynamics"  # or reinforce, or both
     actor_grad_mix: float = 0.1  # of `both`: share of dynamics
     actor_entropy: float = 1e-4  # weight of the entropy bonus
+    actor_entropy_final: float = 1e-4  # that it comes to, linearly,
+    entropy_updates: int = 0  # over so many updates; 0: it stays as it is
     actor_lr: float = 8e-5
     actor_eps: float = 1e-5
     actor_clip: float = 100.0
@@ -142,12 +144,13 @@ PRESETS: dict[str, dict] = {
     "cpu": dict(
         controller="OSC_POSITION", control_freq=10, episode_steps=100, physics_step=0.005, steps=30_000,
         log_every=250, eval_every=2_500, video_every=5_000,
-        capacity=50_000, prefill=1_000, pretrain=100, train_every=4, batch_length=25,
+        capacity=50_000, prefill=1_000, pretrain=100, train_every=2, gripper_hold=0.3, batch_length=25,
         cnn_depth=16, deter=256, hidden=256, stoch=16, classes=16,
         reward_layers=2, reward_units=256, discount_head=False, reward_scale=100.0,
         kl_free=0.5, kl_free_avg=False, decode_fraction=0.5, model_lr=4e-4,
         imagine_starts=256, discount=0.98, return_norm=True,
-        actor_layers=3, actor_units=256, actor_entropy=1e-3, actor_lr=2e-4,
+        actor_layers=3, actor_units=256, actor_lr=2e-4,
+        actor_entropy=0.05, actor_entropy_final=0.01, entropy_updates=4_000,
         value_layers=3, value_units=256, value_lr=2e-4,
     ),
     # Everything once, in about a minute.
@@ -181,6 +184,7 @@ CHOICES = {
 MAY_BE_ZERO = {
     "seed", "checkpoint_minutes", "pretrain", "classes", "imagine_starts", "discount", "return_lambda",
     "reward_scale", "discount_scale", "kl_scale", "kl_balance", "kl_free", "actor_entropy", "actor_grad_mix",
+    "actor_entropy_final", "entropy_updates",
     "model_decay", "actor_decay", "value_decay", "gripper_hold",
     "reward_layers", "discount_layers", "actor_layers", "value_layers",
 }  # fmt: skip
@@ -379,6 +383,8 @@ class Behavior(nn.Module):
         self.value = value_head(feat_size, c.value_layers, c.value_units)
         self.target_value = copy.deepcopy(self.value).requires_grad_(False)
         self.register_buffer("return_range", torch.zeros(()))
+        # A tensor, as a captured graph would keep a number; it follows from the count of updates.
+        self.register_buffer("entropy_weight", torch.tensor(c.actor_entropy), persistent=False)
 
     def loss(self, imagined: Imagination, draws: Draws) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Actor loss (equation 6) and value loss (equation 5) on imagined rollouts, and metrics."""
@@ -393,7 +399,7 @@ class Behavior(nn.Module):
         policy = self.actor.distribution(*(x[:-1] for x in imagined.policy))
         entropy = policy.entropy(draws)
         objective = self._objective(policy, imagined.action[1:-1], returns[1:], target_value[:-2])
-        actor_loss = -(weight[:-2] * (objective + c.actor_entropy * entropy)).mean()
+        actor_loss = -(weight[:-2] * (objective + self.entropy_weight * entropy)).mean()
         value = self.value(feat[:-1].detach())
         value_loss = -(weight[:-1] * value.log_prob(returns.detach())).mean()
         metrics = {
@@ -434,6 +440,12 @@ class Behavior(nn.Module):
         # An update that is skipped for a NaN leaves no trace, here neither: the range would keep it for ever.
         self.return_range.lerp_(torch.where(width.isfinite(), width, self.return_range), 0.01)
         return 1.0 / self.return_range.clamp(min=1.0)
+
+    def set_entropy_weight(self, updates: int) -> None:
+        """The weight of the entropy bonus after so many updates."""
+        c = self.config
+        done = min(updates / c.entropy_updates, 1.0) if c.entropy_updates else 0.0
+        self.entropy_weight.fill_(c.actor_entropy + done * (c.actor_entropy_final - c.actor_entropy))
 
     def update_target(self, fraction: float) -> None:
         """Move the target value towards the critic; a fraction of 1 copies it."""
@@ -631,6 +643,7 @@ class Dreamer:
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One update of everything on a batch (T, B, ...) on the agent's device. Returns detached scalars."""
+        self.behavior.set_entropy_weight(self.updates)
         post, model_metrics = self._learn_model(*batch)
         metrics = dict(model_metrics)
         metrics["model/grad_norm"] = self.model_optimizer.step()

@@ -294,9 +294,9 @@ def test_imagination_starts_from_posteriors(monkeypatch, count):
         seen["post"] = model_loss(*args)
         return seen["post"]
 
-    def spy_imagine(actor, start: RSSMState, is_terminal: Tensor, *args):
+    def spy_imagine(actor, start: RSSMState, is_terminal: Tensor, *args, **kwargs):
         seen.update(start=start, is_terminal=is_terminal)
-        return model_imagine(actor, start, is_terminal, *args)
+        return model_imagine(actor, start, is_terminal, *args, **kwargs)
 
     monkeypatch.setattr(model, "loss", spy_loss)
     monkeypatch.setattr(model, "imagine", spy_imagine)
@@ -557,6 +557,24 @@ def some_gradients() -> Tensor:
     """30 gradients of sizes from where epsilon rules to where clipping does."""
     g = torch.Generator().manual_seed(0)
     return torch.randn(30, 4, generator=g) * 10 ** torch.linspace(-6, 2, 30)[torch.randperm(30, generator=g), None]
+
+
+def test_the_weight_of_the_entropy_falls_linearly():
+    """From actor_entropy to actor_entropy_final over entropy_updates; also where a saved agent goes on; 0: constant."""
+    config = tiny_config(actor_entropy=0.5, actor_entropy_final=0.1, entropy_updates=4)
+    dreamer, batch = tiny_dreamer(config), random_batch(config)
+    weights = []
+    for _ in range(6):
+        dreamer.train_step(batch)
+        weights.append(dreamer.behavior.entropy_weight.item())
+    assert weights == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1, 0.1])
+    dreamer.updates = 2
+    dreamer.train_step(batch)
+    assert dreamer.behavior.entropy_weight.item() == pytest.approx(0.3)
+    constant = tiny_dreamer(tiny_config(actor_entropy=0.5, actor_entropy_final=0.1))
+    constant.updates = 1000
+    constant.train_step(batch)
+    assert constant.behavior.entropy_weight.item() == 0.5
 
 
 def test_optimizer_equals_a_plain_loop():
