@@ -15,11 +15,16 @@ real, and that a reset forgets the past.
 import atexit
 import contextlib
 import ctypes
+import functools
 import importlib
 import logging
+import multiprocessing
+import multiprocessing.connection
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +32,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 # The agent's pictures. In software rendering they cost vertices (a Panda has 168,000 faces) and samples,
 # hardly pixels. Lift, agentview and robot0_eye_in_hand, 64 x 64: 100 ms in RoboSuite's look, 11 ms in this.
@@ -286,6 +292,42 @@ class RebuildingEnv(gymnasium.Wrapper):
             self.env.close()
         self.env = self._build()
         self.env.np_random = generator
+
+
+def make_vector_env(builders: Sequence[Callable[[], gymnasium.Env]]) -> VectorEnv:
+    """Environments that step together and are built anew where they raise (`RebuildingEnv`).
+
+    One lives in this process, several in spawned workers that end with it.
+    """
+    makers = [functools.partial(_rebuilding, build) for build in builders]
+    if len(makers) == 1:
+        return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.DISABLED)
+    return AsyncVectorEnv(makers, context="spawn", autoreset_mode=AutoresetMode.DISABLED)
+
+
+def _rebuilding(build: Callable[[], gymnasium.Env]) -> RebuildingEnv:
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers too, but the parent decides
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+    return RebuildingEnv(build)
+
+
+def _end_with_parent() -> None:
+    """End this worker when the parent has ended, by kill -9 too, and also where the simulator hangs."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def close_vector_env(envs: VectorEnv, terminate: bool) -> None:
+    """Close the environments, or `terminate` workers one of which has died: the answer to a call may never come."""
+    if not terminate:
+        with contextlib.suppress(OSError, EOFError):  # of a worker that was killed after its last call
+            envs.close()
+            return
+    envs.closed = True
+    for process in getattr(envs, "processes", ()):
+        process.terminate()
+        process.join()
 
 
 def _describe(error: Exception) -> str:

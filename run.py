@@ -15,8 +15,6 @@ import dataclasses
 import difflib
 import functools
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
 import random
 import shlex
@@ -24,7 +22,6 @@ import shutil
 import signal
 import sys
 import textwrap
-import threading
 import time
 import typing
 from collections import deque
@@ -34,7 +31,7 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import torch
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import VectorEnv
 from tqdm import tqdm
 
 from actor import GripperHold
@@ -58,7 +55,7 @@ from checkpoint import (
     versions,
     write_file,
 )
-from env import RebuildingEnv
+from env import RebuildingEnv, close_vector_env, make_vector_env
 from env import make_env as make_robosuite_env
 from logger import (
     RECORDINGS,
@@ -230,15 +227,11 @@ def env_options(config: Config) -> dict:
 
 
 def make_envs(config: Config, make_env: MakeEnv) -> VectorEnv:
-    """The training environments: one lives in this process, several in spawned workers that end with it."""
-    makers = [
-        functools.partial(_make_training_env, make_env, env_options(config) | {"seed": config.seed + i})
-        for i in range(config.num_envs)
-    ]
+    """The training environments, with seeds `seed`, `seed` + 1, ..."""
+    options = env_options(config)
+    builders = [functools.partial(make_env, **options, seed=config.seed + i) for i in range(config.num_envs)]
     with env_errors():
-        if config.num_envs == 1:
-            return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.DISABLED)
-        return AsyncVectorEnv(makers, context="spawn", autoreset_mode=AutoresetMode.DISABLED)
+        return make_vector_env(builders)
 
 
 @contextlib.contextmanager
@@ -250,31 +243,6 @@ def env_errors():
         raise UserError(str(error)) from error
     except RuntimeError as error:
         raise Failure(str(error)) from error
-
-
-def _make_training_env(make_env: MakeEnv, options: dict) -> gymnasium.Env:
-    if multiprocessing.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers too, but the parent decides
-        threading.Thread(target=_end_with_parent, daemon=True).start()
-    return RebuildingEnv(functools.partial(make_env, **options))
-
-
-def _end_with_parent() -> None:
-    """End this worker when the parent has ended, by kill -9 too, and also where the simulator hangs."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
-
-
-def close_envs(envs: VectorEnv, terminate: bool) -> None:
-    """Close the environments, or `terminate` workers one of which has died: the answer to a call may never come."""
-    if not terminate:
-        with contextlib.suppress(OSError, EOFError):  # of a worker that was killed after its last call
-            envs.close()
-            return
-    envs.closed = True
-    for process in getattr(envs, "processes", ()):
-        process.terminate()
-        process.join()
 
 
 def evaluate(
@@ -726,7 +694,7 @@ class Run:
         self.logger.video(p.step, "dream", frames, fps)
 
     def close(self) -> None:
-        close_envs(self.envs, self.lost_workers)
+        close_vector_env(self.envs, terminate=self.lost_workers)
         if self.eval_env is not None:
             self.eval_env.close()
         if self.logger is not None:

@@ -30,7 +30,7 @@ ANCHORS = {
 }
 # RoboSuite's published SAC, which sees the full state: median env steps of five seeds to returns of 500.
 SAC = {"env_step": (120_000, 400_000, 438_000, 648_000, 820_000), "return": (217, 217, 300, 400, 450)}
-TITLES = {"cpu": "cpu preset (10 Hz, 100 steps), two cores", "standard": "standard preset (20 Hz, 500 steps)"}
+TITLES = {"cpu": "cpu preset (10 Hz, 100 steps), up to two cores", "standard": "standard preset (20 Hz, 500 steps)"}
 
 
 def add(run_dir: Path, name: str, hardware: str, commit: str, notes: str) -> Path:
@@ -74,7 +74,12 @@ def draw(path: Path) -> None:
                 x = [60 * p["hours"] if by_time else p["env_step"] / 1000 for p in run["curve"]]
                 y = [p[metric] / scale for p in run["curve"]]
                 tried = bool(run["changed"])
-                axis.plot(x, y, color="0.75" if tried else "#0b6fb8", linewidth=1, zorder=1 if tried else 2)
+                label = "constants changed" if tried else "preset as it is"
+                labelled = label in axis.get_legend_handles_labels()[1]
+                axis.plot(
+                    x, y, color="0.7" if tried else "#0b6fb8", linewidth=1, zorder=1 if tried else 2,
+                    marker=".", markersize=3, label=None if labelled else label,
+                )  # fmt: skip
                 if not tried:
                     curves.append((x, y))
             if len(curves) > 1:
@@ -89,12 +94,12 @@ def draw(path: Path) -> None:
         if preset == "standard":
             steps, returns = np.array(SAC["env_step"]) / 1000, np.array(SAC["return"]) / 500
             column[0].plot(steps, returns, color="#d9730d", label="SAC from full state (median)")
+            column[0].legend(loc="lower right", fontsize=8)
         column[0].set_title(TITLES[preset], fontsize=10)
         column[0].set_ylabel("return / episode length")
         column[1].set_ylabel("success rate")
         column[1].set_xlabel("minutes" if by_time else "thousand control steps")
-        if column[0].get_legend_handles_labels()[0]:
-            column[0].legend(loc="lower right", fontsize=8)
+        column[1].legend(loc="upper left", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 

@@ -15,11 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import checkpoint
 import faults
 import run
 import train as training
+from env import RebuildingEnv
 from fake_env import FakeEnv
 from faults import Fork, NoisyEnv, copies_at_each_checkpoint, descendants, difference, fingerprint, flip_bit
 from test_run import TINY, metrics, newest
@@ -68,8 +70,8 @@ def test_a_run_of_several_envs_resumes_exactly_where_all_episodes_ended(tmp_path
     """Episodes of one length end together, and nothing is lost then. (In this process: workers change nothing.)"""
 
     def in_process(config, make_env):
-        makers = [lambda i=i: run._make_training_env(make_env, run.env_options(config) | {"seed": i}) for i in range(3)]
-        return run.SyncVectorEnv(makers, autoreset_mode=run.AutoresetMode.DISABLED)
+        makers = [lambda i=i: RebuildingEnv(lambda: make_env(**run.env_options(config), seed=i)) for i in range(3)]
+        return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.DISABLED)
 
     flags = "--num_envs 3 --prefill 60 --capacity 160 --steps 360"
     with pytest.MonkeyPatch.context() as patch:
@@ -1007,6 +1009,6 @@ def test_workers_memory_does_not_grow_with_resets():
                 pages = [int(Path(f"/proc/{p.pid}/statm").read_text().split()[1]) for p in envs.processes]
                 sizes.append(np.array(pages) * resource.getpagesize() / 2**20)
     finally:
-        run.close_envs(envs, terminate=False)
+        run.close_vector_env(envs, terminate=False)
     print(f"\n{sizes[0].round()} -> {sizes[1].round()} MB")
     assert (sizes[1] - sizes[0] < 50).all()
