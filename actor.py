@@ -16,7 +16,7 @@ from networks import LOG_2PI, MLP, Draws, init_weights
 MIN_STD = 0.1
 SAMPLE_MARGIN = 1e-6  # samples of the truncated normal keep this far from its bounds
 TANH_SCALE = 5.0  # soft limit on the mean before tanh
-ENTROPY_SAMPLES = 100  # the author's; a squashed Gaussian has no closed entropy
+ENTROPY_SAMPLES = 100  # a squashed Gaussian has no closed entropy
 ATANH_LIMIT = 0.99999997
 
 DISTRIBUTIONS = ("trunc_normal", "tanh_normal", "onehot")
@@ -68,10 +68,9 @@ class TruncNormal:
 
 
 class TanhNormal:
-    """tanh of a normal with mean 5 tanh(out / 5) and std softplus(raw) + 0.1; entropy from `samples` samples."""
+    """tanh of a normal with mean 5 tanh(out / 5) and std softplus(raw) + 0.1."""
 
-    def __init__(self, out: Tensor, raw_std: Tensor, samples: int = ENTROPY_SAMPLES):
-        self.samples = samples
+    def __init__(self, out: Tensor, raw_std: Tensor):
         self.mean = TANH_SCALE * torch.tanh(out.float() / TANH_SCALE)
         self.std = F.softplus(raw_std.float()) + MIN_STD
 
@@ -87,7 +86,7 @@ class TanhNormal:
         return self._log_prob_before_tanh(torch.atanh(action.clamp(-ATANH_LIMIT, ATANH_LIMIT)))
 
     def entropy(self, draws: Draws) -> Tensor:
-        mean = self.mean.expand(self.samples, *self.mean.shape)
+        mean = self.mean.expand(ENTROPY_SAMPLES, *self.mean.shape)
         return -self._log_prob_before_tanh(mean + self.std * draws.normal(mean.detach())).mean(0)
 
     def _log_prob_before_tanh(self, x: Tensor) -> Tensor:
@@ -126,12 +125,9 @@ def _density(z: Tensor) -> Tensor:
 class Actor(nn.Module):
     """feat (..., F) -> action distribution."""
 
-    def __init__(
-        self, *, feat_size: int, action_size: int, layers: int, units: int, dist: str,
-        sample_gradient: str = "straight_through", entropy_samples: int = ENTROPY_SAMPLES,
-    ):  # fmt: skip
+    def __init__(self, *, feat_size: int, action_size: int, layers: int, units: int, dist: str, sample_gradient: str):
         super().__init__()
-        self.dist, self.sample_gradient, self.entropy_samples = dist, sample_gradient, entropy_samples
+        self.dist, self.sample_gradient = dist, sample_gradient
         self.mlp = MLP(feat_size, layers, units)
         self.out = nn.Linear(self.mlp.size, action_size)
         if dist != "onehot":
@@ -151,7 +147,7 @@ class Actor(nn.Module):
         if self.dist == "onehot":
             return OneHot(*raw)
         if self.dist == "tanh_normal":
-            return TanhNormal(*raw, self.entropy_samples)
+            return TanhNormal(*raw)
         return TruncNormal(*raw, self.sample_gradient)
 
 
@@ -163,29 +159,31 @@ class GripperHold:
 
     Args:
         share: of the policy's episodes that are disturbed; of the random actions before training, all are, unless 0.
+        rng: what it draws from. Where a run goes on, its state is all that has to come back.
     """
 
     START = 0.1  # chance of a disturbed policy's step to begin a hold
     STEPS = (4, 13)  # agent steps of a hold
 
-    def __init__(self, share: float, num_envs: int):
-        self.share = share
+    def __init__(self, share: float, num_envs: int, rng: np.random.Generator):
+        self.share, self.rng = share, rng
         self.disturbed = np.zeros(num_envs, bool)
         self.left, self.command = np.zeros(num_envs, int), np.zeros(num_envs)
 
-    def begin(self, env: int, rng: np.random.Generator) -> None:
+    def begin(self, env: int) -> None:
         """An episode of environment `env`."""
         if self.share:
-            self.disturbed[env], self.left[env] = rng.random() < self.share, 0
+            self.disturbed[env], self.left[env] = self.rng.random() < self.share, 0
 
-    def __call__(self, action: np.ndarray, is_random: bool, rng: np.random.Generator) -> np.ndarray:
+    def __call__(self, action: np.ndarray, is_random: bool) -> np.ndarray:
         """Actions (num_envs, A) with the held commands in place of the gripper's own."""
         if not self.share:
             return action
         action = action.copy()
         for i in range(len(action)):
-            if self.left[i] == 0 and (is_random or (self.disturbed[i] and rng.random() < self.START)):
-                self.left[i], self.command[i] = rng.integers(*self.STEPS, endpoint=True), rng.choice((-1.0, 1.0))
+            if self.left[i] == 0 and (is_random or (self.disturbed[i] and self.rng.random() < self.START)):
+                self.left[i] = self.rng.integers(*self.STEPS, endpoint=True)
+                self.command[i] = self.rng.choice((-1.0, 1.0))
             if self.left[i]:
                 self.left[i] -= 1
                 action[i, -1] = self.command[i]

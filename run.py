@@ -332,7 +332,7 @@ class Run:
         self.replay_files = ReplayFiles(run_dir, self.replay, config.save_replay)
         self.saver = Saver(run_dir, self.replay_files)
         self.envs.single_action_space.seed(config.seed)
-        self.gripper_hold = GripperHold(config.gripper_hold, config.num_envs)
+        self.gripper_hold = GripperHold(config.gripper_hold, config.num_envs, self.envs.single_action_space.np_random)
         self.progress = Progress()
         self.logger: Logger | None = None
         self.stop_signal = 0
@@ -472,7 +472,7 @@ class Run:
                     for i in np.flatnonzero(resets):
                         self.add(i, Transition(image[i], np.zeros(self.agent.action_size), 0.0, True, False))
                         stats[i] = EpisodeStats(c.action_repeat)
-                        self.gripper_hold.begin(i, self.envs.single_action_space.np_random)
+                        self.gripper_hold.begin(i)
 
                 # act
                 with self.watch("update"):  # acting waits for the GPU's updates: the two can't be told apart
@@ -554,13 +554,12 @@ class Run:
         """Random actions until the first update, then the policy's: (num_envs, A) and the policy's state."""
         if self.agent.updates == 0:
             action = np.stack([self.envs.single_action_space.sample() for _ in is_first])
-            return self.gripper_hold(action, True, self.envs.single_action_space.np_random), None
+            return self.gripper_hold(action, is_random=True), None
         if state is None:  # the policy takes over from random actions, or from nothing after a resume
             is_first = np.ones_like(is_first)
         images = torch.as_tensor(image, device=self.device)
         action, state = self.agent.act(images, state, torch.as_tensor(is_first, device=self.device))
-        action = action.float().cpu().numpy()
-        return self.gripper_hold(action, False, self.envs.single_action_space.np_random), state
+        return self.gripper_hold(action.float().cpu().numpy(), is_random=False), state
 
     def learn(self, agent_steps: int, bar: tqdm) -> None:
         """The updates that are due after `agent_steps` more: one for each `train_every`, whatever num_envs is."""
@@ -630,10 +629,7 @@ class Run:
             "perf/env_steps_per_s": (p.step - p.logged) / seconds,
             "perf/updates_per_s": self.updates_since / seconds,
             "perf/updates": self.agent.updates,
-            "optim/skipped": sum(
-                float(o.skipped)
-                for o in (self.agent.model_optimizer, self.agent.actor_optimizer, self.agent.value_optimizer)
-            ),
+            "optim/skipped": sum(float(optimizer.skipped) for optimizer in self.agent.optimizers),
             "replay/steps": self.replay.steps,
             "replay/episodes": sum(map(len, self.replay.episodes)),
             "replay/gb": len(self.replay) * self.replay.row_bytes / 1e9,

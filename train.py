@@ -116,7 +116,6 @@ class Config:
     actor_units: int = 400
     actor_dist: str = "trunc_normal"  # or tanh_normal; onehot for discrete actions
     trunc_normal_gradient: str = "straight_through"  # as the author's; exact: with the bounds' movement
-    entropy_samples: int = 100  # that tanh_normal's entropy is estimated from
     actor_grad: str = "dynamics"  # or reinforce, or both
     actor_grad_mix: float = 0.1  # of `both`: share of dynamics
     actor_entropy: float = 1e-4  # weight of the entropy bonus
@@ -632,10 +631,13 @@ class Dreamer:
         self.updates = 0
         self._learn_model, self._learn_behavior = self._model_gradients, self._behavior_gradients
         if self.device.type == "cuda" and c.cuda_graphs:
-            self._learn_model = Graphed(self._learn_model, self.model_optimizer.params)
-            self._learn_behavior = Graphed(
-                self._learn_behavior, self.actor_optimizer.params + self.value_optimizer.params
-            )
+            self.use_graphs()
+
+    def use_graphs(self) -> None:
+        """Replay the two halves of an update as CUDA graphs from now on."""
+        behavior_params = self.actor_optimizer.params + self.value_optimizer.params
+        self._learn_model = Graphed(self._model_gradients, self.model_optimizer.params)
+        self._learn_behavior = Graphed(self._behavior_gradients, behavior_params)
 
     @property
     def optimizers(self) -> tuple[Optimizer, Optimizer, Optimizer]:
@@ -667,15 +669,20 @@ class Dreamer:
     def _behavior_gradients(self, *start: Tensor) -> dict[str, Tensor]:
         """Steps 2 and 3 up to the gradients, from the tensors of a state (N, ...) and is_terminal (N,)."""
         *state, is_terminal = start
-        with self.autocast(), frozen(self.world_model):
-            imagined = self.world_model.imagine(
-                self.behavior.actor, RSSMState(*state), is_terminal, self.draws,
-                differentiable=self.config.actor_grad != "reinforce",
-            )  # fmt: skip
-            actor_loss, value_loss, metrics = self.behavior.loss(imagined, self.draws)
+        with self.autocast():
+            actor_loss, value_loss, metrics = self._behavior_loss(RSSMState(*state), is_terminal, self.draws)
         self.actor_optimizer.backward(actor_loss)
         self.value_optimizer.backward(value_loss)
         return metrics
+
+    def _behavior_loss(
+        self, start: RSSMState, is_terminal: Tensor, draws: Draws
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Imagine from `start` (N, ...) in the model as it is: actor loss, value loss and metrics."""
+        with frozen(self.world_model):
+            differentiable = self.config.actor_grad != "reinforce"
+            imagined = self.world_model.imagine(self.behavior.actor, start, is_terminal, draws, differentiable)
+            return self.behavior.loss(imagined, draws)
 
     def skipped_in_a_row(self) -> int:
         """Updates up to now that an optimizer skipped without a break, the most of the three. Waits for the device."""
@@ -700,11 +707,9 @@ class Dreamer:
         model_loss, post, _ = model.loss(batch, draws)
         found = _gradients("world_model", model, model_loss)
         start, is_terminal = post.detach().map(lambda x: x.flatten(0, 1)), batch.is_terminal.flatten()
-        with frozen(model):
-            imagined = model.imagine(behavior.actor, start, is_terminal, draws, self.config.actor_grad != "reinforce")
-            range_before = behavior.return_range.clone()
-            actor_loss, value_loss, _ = behavior.loss(imagined, draws)
-            behavior.return_range.copy_(range_before)
+        range_before = behavior.return_range.clone()
+        actor_loss, value_loss, _ = self._behavior_loss(start, is_terminal, draws)
+        behavior.return_range.copy_(range_before)
         return found | _gradients("actor", behavior.actor, actor_loss) | _gradients("value", behavior.value, value_loss)
 
     def act(
@@ -816,7 +821,7 @@ def build_rssm(config: Config, embed_size: int, action_size: int) -> RSSM:
 def build_actor(config: Config, feat_size: int, action_size: int) -> Actor:
     return Actor(
         feat_size=feat_size, action_size=action_size, layers=config.actor_layers, units=config.actor_units,
-        dist=config.actor_dist, sample_gradient=config.trunc_normal_gradient, entropy_samples=config.entropy_samples,
+        dist=config.actor_dist, sample_gradient=config.trunc_normal_gradient,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+from logger import read_metrics  # noqa: E402
 from train import PRESETS, Config  # noqa: E402
 
 # Share of an episode's largest return. The expert is a script that opens, descends, closes and lifts.
@@ -42,7 +43,7 @@ def add(run_dir: Path, name: str, hardware: str, commit: str, notes: str) -> Pat
     apart = {"preset", "seed", "run_dir", "wandb", "device", "video_every", "checkpoint_minutes"}
     changed = {name: getattr(config, name) for name in names - apart if getattr(config, name) != getattr(preset, name)}
     hours, logged, curve = 0.0, 0, []
-    for row in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()):
+    for row in read_metrics(run_dir)[0]:
         if "perf/env_steps_per_s" in row:
             hours += (row["env_step"] - logged) / row["perf/env_steps_per_s"] / 3600
             logged = row["env_step"]
