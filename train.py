@@ -119,7 +119,7 @@ class Config:
     actor_grad: str = "dynamics"  # or reinforce, or both
     actor_grad_mix: float = 0.1  # of `both`: share of dynamics
     actor_entropy: float = 1e-4  # weight of the entropy bonus
-    actor_entropy_final: float = 1e-4  # that it comes to, linearly,
+    actor_entropy_final: float = 1e-4  # that it falls to, by an equal factor each update,
     entropy_updates: int = 0  # over so many updates; 0: it stays as it is
     actor_lr: float = 8e-5
     actor_eps: float = 1e-5
@@ -149,7 +149,7 @@ PRESETS: dict[str, dict] = {
         kl_free=0.5, kl_free_avg=False, decode_fraction=0.5, model_lr=4e-4,
         imagine_starts=256, discount=0.98, return_norm=True,
         actor_layers=3, actor_units=256, actor_lr=2e-4,
-        actor_entropy=0.05, actor_entropy_final=0.01, entropy_updates=4_000,
+        actor_entropy=0.05, actor_entropy_final=0.003, entropy_updates=10_000,
         value_layers=3, value_units=256, value_lr=2e-4,
     ),
     # Everything once, in about a minute.
@@ -211,6 +211,11 @@ def check_config(config: Config) -> None:
         )
     if unknown := set(c.grad_heads) - {"decoder", "reward", "discount"}:
         raise ValueError(f"grad_heads {', '.join(sorted(unknown))} is unknown; valid: decoder, reward, discount")
+    if c.entropy_updates and not (c.actor_entropy and c.actor_entropy_final):
+        raise ValueError(
+            f"entropy_updates {c.entropy_updates} needs actor_entropy {c.actor_entropy} and actor_entropy_final "
+            f"{c.actor_entropy_final} above 0: the weight goes from one to the other by equal factors"
+        )
     if c.horizon < 2:
         raise ValueError(f"horizon {c.horizon} is out of range: the actor needs at least 2 imagined steps")
     rows = c.episode_steps // c.action_repeat + 1
@@ -444,7 +449,7 @@ class Behavior(nn.Module):
         """The weight of the entropy bonus after so many updates."""
         c = self.config
         done = min(updates / c.entropy_updates, 1.0) if c.entropy_updates else 0.0
-        self.entropy_weight.fill_(c.actor_entropy + done * (c.actor_entropy_final - c.actor_entropy))
+        self.entropy_weight.fill_(c.actor_entropy ** (1 - done) * c.actor_entropy_final**done)
 
     def update_target(self, fraction: float) -> None:
         """Move the target value towards the critic; a fraction of 1 copies it."""
@@ -841,8 +846,12 @@ def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, bootstrap: Te
 
 
 def preprocess(image: Tensor) -> Tensor:
-    """uint8 images -> float32 in [-0.5, 0.5]; the one place where pixels become floats."""
-    return image.float().div_(255).sub_(0.5)
+    """uint8 images (..., C, H, W) -> float32 in [-0.5, 0.5]; the one place where pixels become floats.
+
+    Here they also take the channels-last order in memory, while a pixel is still a byte: no later step copies them.
+    """
+    flat = image.reshape(-1, *image.shape[-3:]).contiguous(memory_format=torch.channels_last)
+    return flat.float().div_(255).sub_(0.5).reshape(image.shape)
 
 
 @contextlib.contextmanager

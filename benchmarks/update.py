@@ -87,6 +87,7 @@ def main() -> None:
         config, _, _ = run.parse_config(flags)
     except run.UserError as error:
         sys.exit(f"error: {error}")
+    run.keep_freed_memory()
     device = run.pick_device(config.device)
     dtype = run.pick_precision(config.precision, device)
     channels = 3 * len(config.cameras)
