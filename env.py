@@ -102,6 +102,7 @@ class RoboSuiteEnv(gymnasium.Env):
     Action: float32 (A,) in [-1, 1]. A gripper comes last, and only its sign counts: -1 opens.
     `truncated` at the episode's length; `terminated` only where the task ends itself, as Wipe does.
     info["success"]: whether the task is solved at this moment.
+    metadata["gripper"]: whether the last action is a gripper's; Wipe's robots have none.
 
     After construction `np_random` is the only source of randomness: an episode depends on the constructor's
     arguments, np_random's state at the reset and the actions, and on nothing that happened before. Setting
@@ -162,7 +163,11 @@ class RoboSuiteEnv(gymnasium.Env):
         shape = (3 * len(camera_ids), image_size, image_size)
         self.observation_space = gymnasium.spaces.Box(0, 255, shape, np.uint8)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (self._task.action_dim,), np.float32)
-        self.metadata = {"render_modes": ["rgb_array"], "render_fps": control_freq / action_repeat}
+        self.metadata = {
+            "render_modes": ["rgb_array"],
+            "render_fps": control_freq / action_repeat,
+            "gripper": any(gripper.dof > 0 for gripper in self._task.robots[0].gripper.values()),
+        }
         self.render_mode = "rgb_array"
 
     def reset(

@@ -92,6 +92,7 @@ from train import (
 
 EVAL_SEED = 1_000_000  # of the evaluation env; its episodes are the same in every evaluation
 EVAL_EPISODES = 20  # with --eval
+LAST_EVALUATION = 2  # times eval_episodes are evaluated at a run's end
 DREAM_STEPS = 45  # imagined in the video of the policy's dreams
 ENV_ERRORS, ENV_ERROR_SECONDS = 2, 300.0  # an environment may fail that often in that time; then the run stops
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's names for its settings
@@ -346,7 +347,9 @@ class Run:
         self.replay_files = ReplayFiles(run_dir, self.replay, config.save_replay)
         self.saver = Saver(run_dir, self.replay_files)
         self.envs.single_action_space.seed(config.seed)
-        self.gripper_hold = GripperHold(config.gripper_hold, config.num_envs, self.envs.single_action_space.np_random)
+        self.has_gripper = bool(envs.metadata.get("gripper"))
+        share = config.gripper_hold if self.has_gripper else 0.0
+        self.gripper_hold = GripperHold(share, config.num_envs, self.envs.single_action_space.np_random)
         self.progress = Progress()
         self.logger: Logger | None = None
         self.stop_signal = 0
@@ -659,16 +662,17 @@ class Run:
     def evaluate(self, film: bool, bar: tqdm) -> None:
         """Evaluate, log what that gives, film if asked, and keep the best policy."""
         c, p = self.config, self.progress
+        episodes = c.eval_episodes if p.step < c.steps else LAST_EVALUATION * c.eval_episodes
         if self.eval_env is None:
             self.eval_env = RebuildingEnv(functools.partial(self.make_env, **env_options(c), seed=EVAL_SEED))
 
         def each_step(episode: int) -> None:
-            note = f"episode {episode + 1}/{c.eval_episodes}"
+            note = f"episode {episode + 1}/{episodes}"
             if self.note != note:
                 self.show(bar, "evaluate", note)
             self.check_signal()
 
-        result = evaluate(self.agent.act, self.eval_env, c.eval_episodes, c.action_repeat, self.device, film, each_step)
+        result = evaluate(self.agent.act, self.eval_env, episodes, c.action_repeat, self.device, film, each_step)
         summary = result.summary()
         draws = Draws(torch.Generator(self.device).manual_seed(EVAL_SEED))
         analysis = analyse(self.agent, result.recordings, draws)
@@ -742,6 +746,8 @@ def preflight(run: Run, flags: dict, wandb_mode: tuple[str, str]) -> None:
     say(f"device {run.device}, {precision}{threads}")
     say(f"task {c.task} with {c.robot}, {c.controller}, {c.num_envs} env(s): image {agent.image_shape}, "
         f"{agent.action_size} actions")  # fmt: skip
+    if c.gripper_hold and not run.has_gripper:
+        say(f"gripper_hold {c.gripper_hold} is off: this environment's last action is no gripper's")
     modules = {"world model": agent.world_model, "actor": agent.behavior.actor, "value": agent.behavior.value}
     sizes = {name: sum(p.numel() for p in module.parameters()) / 1e6 for name, module in modules.items()}
     say("parameters: " + ", ".join(f"{name} {size:.2f} M" for name, size in sizes.items()))

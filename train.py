@@ -65,7 +65,7 @@ class Config:
     save_replay: bool = True  # keep finished episodes on disk; false: a resume fills the replay anew
     log_every: int = 500  # control steps between metric lines
     eval_every: int = 20_000  # control steps between evaluations
-    eval_episodes: int = 10  # of each evaluation, and 20 with --eval
+    eval_episodes: int = 10  # of each evaluation; twice as many of the last one, and 20 with --eval
     video_every: int = 20_000  # control steps between videos
     wandb: str = "auto"  # online, offline or disabled; auto: WANDB_MODE, else online with a key and offline without
 
@@ -141,9 +141,9 @@ PRESETS: dict[str, dict] = {
     # A laptop without a GPU: position control at 10 Hz, short episodes, a small model, and the changes that made a
     # small model learn to grasp (README, departures from the paper).
     "cpu": dict(
-        controller="OSC_POSITION", control_freq=10, episode_steps=100, physics_step=0.005, steps=30_000,
-        log_every=250, eval_every=2_500, video_every=5_000,
-        capacity=50_000, prefill=1_000, pretrain=100, train_every=2, gripper_hold=0.3, batch_length=25,
+        controller="OSC_POSITION", control_freq=10, episode_steps=100, physics_step=0.005, steps=60_000,
+        log_every=500, eval_every=5_000, video_every=10_000,
+        capacity=60_000, prefill=1_000, pretrain=100, train_every=6, gripper_hold=0.3, batch_length=25,
         cnn_depth=16, deter=256, hidden=256, stoch=16, classes=16,
         reward_layers=2, reward_units=256, discount_head=False, reward_scale=100.0,
         kl_free=0.5, kl_free_avg=False, decode_fraction=0.5, model_lr=4e-4,

@@ -10,7 +10,7 @@ class FakeEnv(gymnasium.Env):
     Everything random comes from `np_random`, so that its state decides all later episodes.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 20, "gripper": True}
 
     def __init__(self, *, cameras, image_size, action_repeat, episode_steps, seed, action_size=4, **_):
         self.render_mode = "rgb_array"

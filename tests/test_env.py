@@ -234,6 +234,7 @@ def test_a_task_that_the_user_registered_works_and_a_reset_undoes_what_it_wrote(
 def test_check_env(lift):
     """Gymnasium's own checker has no complaint, not even a warning."""
     check_env(lift, skip_render_check=True)  # its check of render() needs a registered environment
+    assert lift.metadata["gripper"]
 
 
 def test_step_needs_a_running_episode_and_a_sound_action(lift):
@@ -265,6 +266,7 @@ def test_length_reward_and_success_are_those_of_plain_robosuite(lift, plain):
 def test_terminated_is_the_tasks_own_end():
     """Wipe ends itself when the arm touches the table: terminated, and the last repeats are not played."""
     wipe = build(task="Wipe", cameras=("agentview",), episode_steps=400)
+    assert not wipe.metadata["gripper"]
     wipe.reset()
     ends, action = (False, False), np.array([0, 1, -1, 0, 0, 0])
     while not any(ends):

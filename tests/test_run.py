@@ -115,6 +115,7 @@ def test_debug_run_metrics_are_finite_ordered_and_unique(debug_run):
     assert {"episode/return", "eval/return_mean", "eval/success_rate", "model/kl", "behaviour/value"} <= names
     assert {"openloop/image_mse_15", "reward/error_hovering", "behaviour/value_realised", "replay/gb"} <= names
     assert "openloop/image_mse_45" not in names  # episodes have 31 rows
+    assert [line["eval/episodes"] for line in lines if "eval/episodes" in line] == [1, 2]  # the last is of more
 
 
 def test_debug_run_videos_show_a_picture(debug_run):
@@ -401,6 +402,20 @@ def test_actions_beyond_the_policys_bounds_are_refused(tmp_path, capsys):
 
     assert train(tmp_path / "run", make_env=wide) == 2
     assert "is not a Box in [-1, 1]" in capsys.readouterr().err
+
+
+def test_no_gripper_no_gripper_hold(tmp_path, capsys):
+    """Where the last action is no gripper's, it stays the agent's own, and a line says so."""
+
+    class Armless(FakeEnv):
+        metadata = FakeEnv.metadata | {"gripper": False}
+
+    agents = []
+    for share in ("0.5", "0"):
+        assert train(tmp_path / share, f"--gripper_hold {share}", Armless) == 0
+        assert ("gripper_hold 0.5 is off" in capsys.readouterr().out) == (share == "0.5")
+        agents.append(newest(tmp_path / share)["agent"])
+    assert same(*agents)
 
 
 def test_flag_beats_preset_beats_config():
