@@ -123,12 +123,15 @@ def _density(z: Tensor) -> Tensor:
 
 
 class Actor(nn.Module):
-    """feat (..., F) -> action distribution."""
+    """feat (..., F) -> action distribution. `latents` as in `MLP`."""
 
-    def __init__(self, *, feat_size: int, action_size: int, layers: int, units: int, dist: str, sample_gradient: str):
+    def __init__(
+        self, *, feat_size: int, action_size: int, layers: int, units: int, dist: str, sample_gradient: str,
+        latents: tuple[int, int] = (0, 0),
+    ):  # fmt: skip
         super().__init__()
         self.dist, self.sample_gradient = dist, sample_gradient
-        self.mlp = MLP(feat_size, layers, units)
+        self.mlp = MLP(feat_size, layers, units, latents)
         self.out = nn.Linear(self.mlp.size, action_size)
         if dist != "onehot":
             self.std = nn.Linear(self.mlp.size, action_size)

@@ -66,20 +66,19 @@ class Decoder(nn.Module):
 
     def forward(self, feat: Tensor) -> UnitNormal:
         x = self.dense(feat.reshape(-1, feat.shape[-1]))  # no activation here, as the author has it
-        x = F.elu(self._first(x), inplace=True)
+        x = self._first(x)
         for conv in self.conv[1:-1]:
             x = F.elu(_conv_transpose(conv, x), inplace=True)
         mean = _conv_transpose(self.conv[-1], x)
         return UnitNormal(mean.reshape(*feat.shape[:-1], *self.shape), event_dims=3)
 
     def _first(self, x: Tensor) -> Tensor:
-        """The transposed convolution of a 1 x 1 map is one matrix product: (N, start) -> (N, C, k, k)."""
+        """On a 1 x 1 map, transposed convolution and ELU are a dense layer: (N, start) -> (N, C, k, k)."""
         conv = self.conv[0]
         k = conv.kernel_size[0]
         weight = conv.weight.permute(0, 2, 3, 1).flatten(1)  # (start, k * k * C), the memory order
-        out = x @ weight
-        out = out.unflatten(1, (k, k, -1)).add_(conv.bias.to(out.dtype))
-        return out.permute(0, 3, 1, 2)
+        out = F.elu(torch.addmm(conv.bias.repeat(k * k), x, weight), inplace=True)
+        return out.unflatten(1, (k, k, -1)).permute(0, 3, 1, 2)
 
 
 def _conv_transpose(conv: nn.ConvTranspose2d, x: Tensor) -> Tensor:

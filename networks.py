@@ -110,20 +110,72 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-class MLP(nn.Module):
-    """`layers` dense layers of `units` with ELU: (..., inputs) -> (..., units)."""
+class FeatureLinear(nn.Linear):
+    """Dense layer whose inputs (N, inputs) begin with `groups` one-hot groups of `classes`, as the RSSM's features do.
 
-    def __init__(self, inputs: int, layers: int, units: int):
+    A group may also be all zeros, as in the RSSM's initial state. (0, 0) and (S, 0) are an ordinary layer.
+    """
+
+    def __init__(self, inputs: int, units: int, groups: int, classes: int):
+        super().__init__(inputs, units)
+        self.groups, self.classes = groups, classes
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and 0 < self.classes <= _OneHotLinear.MAX_CLASSES:
+            return _OneHotLinear.apply(*map(low_precision, (x, self.weight, self.bias)), self.groups, self.classes)
+        return super().forward(x)
+
+
+class _OneHotLinear(torch.autograd.Function):
+    """`F.linear` for `FeatureLinear` on a CPU: forward, the product with a one-hot group is a row of the weight.
+
+    To look these rows up and to sum them takes a quarter of the time of the product; backward is that of any layer,
+    as every class of a group gets a gradient.
+    """
+
+    MAX_CLASSES = 255  # bfloat16 counts no further
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, classes: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        size = groups * classes
+        number = torch.arange(1, classes + 1, dtype=x.dtype)
+        index = (x[:, :size].unflatten(1, (groups, classes)) @ number).round().long()  # 1 .. classes; 0: all zeros
+        row = (index + classes * torch.arange(groups)) * (index > 0)
+        table = torch.cat([weight.new_zeros(1, len(weight)), weight[:, :size].t()])
+        return F.linear(x[:, size:], weight[:, size:], bias).add_(F.embedding_bag(row, table, mode="sum"))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad_x = grad @ weight if need_x else None
+        grad_weight = grad.t() @ x if need_weight else None
+        return grad_x, grad_weight, grad.sum(0) if need_bias else None, None, None
+
+
+class MLP(nn.Module):
+    """`layers` dense layers of `units` with ELU: (..., inputs) -> (..., units).
+
+    `latents` are the (groups, classes) of the one-hot groups that the inputs begin with, if they do.
+    """
+
+    def __init__(self, inputs: int, layers: int, units: int, latents: tuple[int, int] = (0, 0)):
         super().__init__()
         sizes = [inputs] + [units] * layers
-        self.dense = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.dense = nn.ModuleList(
+            FeatureLinear(a, b, *(latents if i == 0 else (0, 0)))
+            for i, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True))
+        )
         self.size = sizes[-1]
         self.apply(init_weights)
 
     def forward(self, x: Tensor) -> Tensor:
+        # Without leading axes a layer's output is no view: autograd copies gradients to write into a view in place.
+        rows = x.reshape(-1, x.shape[-1])
         for dense in self.dense:
-            x = F.elu(dense(x), inplace=True)
-        return x
+            rows = F.elu(dense(rows), inplace=True)
+        return rows.reshape(*x.shape[:-1], self.size)
 
 
 class UnitNormal:
@@ -158,11 +210,11 @@ class Bernoulli:
 
 
 class Head(nn.Module):
-    """A scalar read from features: feat (..., F) -> distribution over (...)."""
+    """A scalar read from features: feat (..., F) -> distribution over (...). `latents` as in `MLP`."""
 
-    def __init__(self, inputs: int, layers: int, units: int, distribution: type):
+    def __init__(self, inputs: int, layers: int, units: int, latents: tuple[int, int], distribution: type):
         super().__init__()
-        self.mlp = MLP(inputs, layers, units)
+        self.mlp = MLP(inputs, layers, units, latents)
         self.out = nn.Linear(self.mlp.size, 1)
         self.distribution = distribution
         self.apply(init_weights)
@@ -171,16 +223,16 @@ class Head(nn.Module):
         return self.distribution(self.out(self.mlp(feat)).squeeze(-1))
 
 
-def reward_head(inputs: int, layers: int, units: int) -> Head:
+def reward_head(inputs: int, layers: int, units: int, latents: tuple[int, int] = (0, 0)) -> Head:
     """Normal with unit variance over the reward of being in a state."""
-    return Head(inputs, layers, units, UnitNormal)
+    return Head(inputs, layers, units, latents, UnitNormal)
 
 
-def value_head(inputs: int, layers: int, units: int) -> Head:
+def value_head(inputs: int, layers: int, units: int, latents: tuple[int, int] = (0, 0)) -> Head:
     """Normal with unit variance over the discounted return from a state, that state's reward included."""
-    return Head(inputs, layers, units, UnitNormal)
+    return Head(inputs, layers, units, latents, UnitNormal)
 
 
-def discount_head(inputs: int, layers: int, units: int) -> Head:
+def discount_head(inputs: int, layers: int, units: int, latents: tuple[int, int] = (0, 0)) -> Head:
     """Bernoulli whose mean is the discount: gamma where the episode goes on, 0 after a terminal state."""
-    return Head(inputs, layers, units, Bernoulli)
+    return Head(inputs, layers, units, latents, Bernoulli)

@@ -279,10 +279,11 @@ class WorldModel(nn.Module):
         self.encoder = Encoder(size, channels, c.cnn_depth)
         self.rssm = build_rssm(c, self.encoder.embed_size, action_size)
         self.decoder = Decoder(self.rssm.feat_size, size, channels, c.cnn_depth)
-        self.reward = reward_head(self.rssm.feat_size, c.reward_layers, c.reward_units)
+        self.reward = reward_head(self.rssm.feat_size, c.reward_layers, c.reward_units, (c.stoch, c.classes))
         self.discount = None
         if c.discount_head:
-            self.discount = discount_head(self.rssm.feat_size, c.discount_layers, c.discount_units)
+            units, latents = c.discount_units, (c.stoch, c.classes)
+            self.discount = discount_head(self.rssm.feat_size, c.discount_layers, units, latents)
 
     def loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, RSSMState, dict[str, Tensor]]:
         """Equation 2 on a batch (T, B, ...). Returns the loss, the posteriors (T, B, ...) and metrics."""
@@ -384,7 +385,7 @@ class Behavior(nn.Module):
         super().__init__()
         c = self.config = config
         self.actor = build_actor(c, feat_size, action_size)
-        self.value = value_head(feat_size, c.value_layers, c.value_units)
+        self.value = value_head(feat_size, c.value_layers, c.value_units, (c.stoch, c.classes))
         self.target_value = copy.deepcopy(self.value).requires_grad_(False)
         self.register_buffer("return_range", torch.zeros(()))
         # A tensor, as a captured graph would keep a number; it follows from the count of updates.
@@ -826,7 +827,7 @@ def build_rssm(config: Config, embed_size: int, action_size: int) -> RSSM:
 def build_actor(config: Config, feat_size: int, action_size: int) -> Actor:
     return Actor(
         feat_size=feat_size, action_size=action_size, layers=config.actor_layers, units=config.actor_units,
-        dist=config.actor_dist, sample_gradient=config.trunc_normal_gradient,
+        dist=config.actor_dist, sample_gradient=config.trunc_normal_gradient, latents=(config.stoch, config.classes),
     )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    ours, plain = build_ours(arguments), build_plain(arguments)
+    (ours, close_ours), (plain, close_plain) = build_ours(arguments), build_plain(arguments)
     for play in (ours, plain):
         play(5)  # compiles the controllers' numba code
     rates: dict[str, list[float]] = {"make_env": [], "robosuite.make": []}
@@ -50,14 +50,16 @@ def main() -> None:
             rates[name].append(arguments.steps / (time.perf_counter() - start))
         latest = ", ".join(f"{name} {values[-1]:.1f}/s" for name, values in rates.items())
         print(f"round {round_number}: {latest}", flush=True)
+    close_plain()
+    close_ours()
     medians = {name: round(statistics.median(values), 1) for name, values in rates.items()}
     ratio = round(medians["make_env"] / medians["robosuite.make"], 2)
     result = {"env_steps_per_second": medians, "ratio": ratio, "cpus": os.cpu_count()}
     print(json.dumps(result | vars(arguments)))
 
 
-def build_ours(arguments: argparse.Namespace) -> Callable[[int], None]:
-    """A function that plays so many steps, each episode begun by a reset."""
+def build_ours(arguments: argparse.Namespace) -> tuple[Callable[[int], None], Callable[[], None]]:
+    """A function that plays so many steps, each episode begun by a reset, and one that closes the environment."""
     environment = make_env(
         task=arguments.task,
         robot=arguments.robot,
@@ -79,10 +81,10 @@ def build_ours(arguments: argparse.Namespace) -> Callable[[int], None]:
                 environment.reset()
             environment.step(rng.uniform(-1, 1, environment.action_space.shape))
 
-    return play
+    return play, environment.close
 
 
-def build_plain(arguments: argparse.Namespace) -> Callable[[int], None]:
+def build_plain(arguments: argparse.Namespace) -> tuple[Callable[[int], None], Callable[[], None]]:
     """The same with RoboSuite alone; after `make_env`, which sets up rendering before importing it."""
     import robosuite
     from robosuite.controllers import load_composite_controller_config, load_part_controller_config
@@ -113,7 +115,7 @@ def build_plain(arguments: argparse.Namespace) -> Callable[[int], None]:
                 environment.reset()  # makes its new OpenGL context the current one
             environment.step(rng.uniform(-1, 1, environment.action_dim))
 
-    return play
+    return play, environment.close
 
 
 if __name__ == "__main__":
