@@ -13,6 +13,7 @@ An episode of n agent steps has n + 1 rows. Each environment writes into a ring 
 oldest row for each new one. No other code shifts an index.
 """
 
+import math
 from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -52,17 +53,20 @@ class Episode:
     start: int
     length: int
     number: int = -1  # of a finished episode, in the order in which they finished; -1: it is running
+    total: float = 0.0  # return of a finished episode
     file: str = ""  # that keeps the rows of a finished episode; empty: none does
 
 
 class ReplayBuffer:
-    """Uniform replay of windows that lie inside one episode; running episodes are included.
+    """Replay of windows that lie inside one episode; running episodes are included.
 
     Args:
         capacity: rows in all, shared equally by the environments.
         num_envs: environments that write.
         image_shape, action_size: (C, H, W) and A.
         seed: of the sampling generator, which is the buffer's own.
+        focus: share of the windows that come from the newest and from the best tenth of the episodes, half of it
+            each; the others, and without it all, are drawn uniformly.
         device: where the rows lie and batches are made.
     """
 
@@ -70,7 +74,7 @@ class ReplayBuffer:
 
     def __init__(
         self, capacity: int, num_envs: int, image_shape: tuple[int, int, int], action_size: int, seed: int,
-        device: torch.device | str = "cpu",
+        focus: float = 0.0, device: torch.device | str = "cpu",
     ):  # fmt: skip
         self.rows = capacity // num_envs
         total = self.rows * num_envs
@@ -80,7 +84,7 @@ class ReplayBuffer:
         self.is_terminal = torch.empty(total, dtype=torch.bool, device=device)
         self.written = [0] * num_envs  # rows ever written into each ring
         self.episodes: list[deque[Episode]] = [deque() for _ in range(num_envs)]
-        self.rng = np.random.default_rng(seed)
+        self.rng, self.focus = np.random.default_rng(seed), focus
 
     def __len__(self) -> int:
         """Rows held."""
@@ -124,7 +128,9 @@ class ReplayBuffer:
 
     def finish(self, env: int, number: int) -> None:
         """Say that the newest episode of `env` has ended, as the run's finished episode `number`."""
-        self.episodes[env][-1].number = number
+        episode = self.episodes[env][-1]
+        rows = self._index(env, episode.start, episode.length)
+        episode.number, episode.total = number, _total(self.reward[rows].cpu().numpy())
 
     def export(self, env: int, episode: Episode) -> dict[str, np.ndarray]:
         """Copies of the rows that are left of an episode of `env`: name -> (length, ...), for `load`."""
@@ -148,7 +154,7 @@ class ReplayBuffer:
         rows = self._index(env, self.written[env], length)
         for name in self.COLUMNS:
             getattr(self, name)[rows] = torch.as_tensor(columns[name][-length:], device=rows.device)
-        self.episodes[env].append(Episode(self.written[env], length, number, file))
+        self.episodes[env].append(Episode(self.written[env], length, number, _total(columns["reward"]), file))
         self.written[env] += length
         self._forget(env)
 
@@ -167,26 +173,50 @@ class ReplayBuffer:
                 episodes.popleft()
 
     def sample(self, batch_size: int, batch_length: int) -> Batch:
-        """`batch_size` windows of `batch_length` rows, each window equally likely, as (T, B, ...).
+        """`batch_size` windows of `batch_length` rows as (T, B, ...), each window equally likely but for `focus`.
 
         Row 0 of every window has `is_first` set: the model starts from its initial state there, also in
         mid-episode. Raises ValueError while no episode is long enough.
         """
-        windows = [
-            (env, episode.start, episode.length - batch_length + 1)
+        episodes = [
+            (env, episode.start, episode.length - batch_length + 1, episode.number, episode.total)
             for env, episodes in enumerate(self.episodes)
             for episode in episodes
             if episode.length >= batch_length
         ]
-        if not windows:
+        if not episodes:
             raise ValueError(f"no episode in replay has {batch_length} rows yet")
-        env, start, count = np.array(windows).T
-        ends = count.cumsum()
-        drawn = self.rng.integers(ends[-1], size=batch_size)
-        episode = np.searchsorted(ends, drawn, side="right")
-        first = start[episode] + drawn - (ends - count)[episode]
+        env, start, windows, number, total = map(np.array, zip(*episodes, strict=True))
+        number = np.where(number < 0, number.max() + 1, number)  # a running one is the newest
+        part = round(self.focus * batch_size / 2)
+        draws = [
+            self._draw(windows * _highest_tenth(number), part),
+            self._draw(windows * _highest_tenth(total), part),
+            self._draw(windows, batch_size - 2 * part),
+        ]
+        episode, offset = np.concatenate(draws, axis=1)
+        first = start[episode] + offset
         position = (first + np.arange(batch_length)[:, None]) % self.rows  # (T, B)
         index = torch.as_tensor(env[episode] * self.rows + position, device=self.image.device)
         is_first = torch.zeros(index.shape, dtype=torch.bool, device=index.device)
         is_first[0] = True
         return Batch(self.image[index], self.action[index], self.reward[index], is_first, self.is_terminal[index])
+
+    def _draw(self, windows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Episode and offset in it of `count` windows, all equally likely, where episode i has `windows[i]` of them."""
+        ends = windows.cumsum()
+        drawn = self.rng.integers(ends[-1], size=count)
+        episode = np.searchsorted(ends, drawn, side="right")
+        return episode, drawn - (ends - windows)[episode]
+
+
+def _highest_tenth(values: np.ndarray) -> np.ndarray:
+    """Which of the values are among the highest tenth, at least one; the last of equal ones come first."""
+    chosen = np.zeros(len(values), bool)
+    chosen[np.argsort(values, kind="stable")[-math.ceil(len(values) / 10) :]] = True
+    return chosen
+
+
+def _total(reward: np.ndarray) -> float:
+    """The return of an episode, the same to the last bit whether its rows come from memory or from a file."""
+    return float(reward.sum(dtype=np.float64))

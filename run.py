@@ -343,7 +343,9 @@ class Run:
         dtype = pick_precision(config.precision, device)
         self.agent = Dreamer(config, image_shape, action_size, device, dtype)
         where = pick_replay_device(config.capacity, image_shape, device)
-        self.replay = ReplayBuffer(config.capacity, config.num_envs, image_shape, action_size, config.seed, where)
+        self.replay = ReplayBuffer(
+            config.capacity, config.num_envs, image_shape, action_size, config.seed, config.replay_focus, where
+        )
         self.replay_files = ReplayFiles(run_dir, self.replay, config.save_replay)
         self.saver = Saver(run_dir, self.replay_files)
         self.envs.single_action_space.seed(config.seed)

@@ -74,6 +74,7 @@ class Config:
     prefill: int = 5_000  # agent steps of random actions before training
     pretrain: int = 100  # updates right after the prefill
     train_every: float = 5  # agent steps an update
+    replay_focus: float = 0.0  # share of the sequences from the newest and the best tenth of episodes, half of it each
     gripper_hold: float = 0.0  # share of training episodes that hold random gripper commands now and then
     batch_size: int = 16  # sequences an update
     batch_length: int = 50  # agent steps a sequence
@@ -143,8 +144,8 @@ PRESETS: dict[str, dict] = {
     "cpu": dict(
         controller="OSC_POSITION", control_freq=10, episode_steps=100, physics_step=0.005, steps=60_000,
         log_every=500, eval_every=5_000, video_every=10_000,
-        capacity=60_000, prefill=1_000, pretrain=100, train_every=6, gripper_hold=0.3, batch_length=25,
-        cnn_depth=16, deter=256, hidden=256, stoch=16, classes=16,
+        capacity=60_000, prefill=1_000, pretrain=100, train_every=6, replay_focus=0.5, gripper_hold=0.3,
+        batch_length=25, cnn_depth=16, deter=256, hidden=256, stoch=16, classes=16,
         reward_layers=2, reward_units=256, discount_head=False, reward_scale=100.0,
         kl_free=0.5, kl_free_avg=False, decode_fraction=0.5, model_lr=4e-4,
         imagine_starts=256, discount=0.98, return_norm=True,
@@ -184,12 +185,12 @@ MAY_BE_ZERO = {
     "seed", "checkpoint_minutes", "pretrain", "classes", "imagine_starts", "discount", "return_lambda",
     "reward_scale", "discount_scale", "kl_scale", "kl_balance", "kl_free", "actor_entropy", "actor_grad_mix",
     "actor_entropy_final", "entropy_updates",
-    "model_decay", "actor_decay", "value_decay", "gripper_hold",
+    "model_decay", "actor_decay", "value_decay", "gripper_hold", "replay_focus",
     "reward_layers", "discount_layers", "actor_layers", "value_layers",
 }  # fmt: skip
 AT_MOST_ONE = {
     "discount", "return_lambda", "kl_balance", "decode_fraction", "actor_grad_mix", "target_fraction", "gripper_hold",
-    "model_decay", "actor_decay", "value_decay",
+    "replay_focus", "model_decay", "actor_decay", "value_decay",
 }  # fmt: skip
 
 

@@ -100,6 +100,36 @@ def test_windows_are_equally_likely():
     assert ((first - expected) ** 2 / expected).sum() < 29.6  # 99.9 % quantile at 10 degrees of freedom
 
 
+@pytest.mark.parametrize("running", [False, True])
+def test_focus_draws_from_the_newest_and_the_best_episodes(running):
+    """With a focus of 0.5, a quarter of the windows is of the newest tenth and one of the best tenth of episodes."""
+    buffer = ReplayBuffer(1000, 2, IMAGE_SHAPE, 2, seed=0, focus=0.5)
+    best, count = (3, 11, 12) if running else (3, 11), 20
+    for number in range(count + running):
+        for i in range(6):
+            row = transition(number, is_first=i == 0)
+            buffer.add(row._replace(reward=float(number in best)), number % 2)
+        if number < count:
+            buffer.finish(number % 2, number)
+    newest = (18, 19, 20) if running else (18, 19)
+    episodes = torch.stack([buffer.sample(16, 4).action[0, :, 0] for _ in range(1000)])  # (1000, 16), their tags
+    assert np.isin(episodes[:, :4], newest).all() and np.isin(episodes[:, 4:8], best).all()
+    shares = episodes[:, 8:].long().flatten().bincount(minlength=len(episodes[0])) / episodes[:, 8:].numel()
+    assert (shares[: count + running] - 1 / (count + running)).abs().max() < 0.015
+    buffer.focus = 0.0
+    assert np.isin(buffer.sample(1000, 4).action[0, :, 0], best).mean() < 0.2
+
+
+def test_a_return_is_the_same_from_memory_and_from_a_file():
+    """What ranks an episode survives its way through a file to the last bit, so that a resumed run draws the same."""
+    buffer, other = (ReplayBuffer(100, 1, IMAGE_SHAPE, 2, seed=0) for _ in range(2))
+    for i in range(30):
+        buffer.add(transition(i, is_first=i == 0)._replace(reward=0.1 * i), 0)
+    buffer.finish(0, 0)
+    other.load(0, buffer.export(0, buffer.episodes[0][0]), 0, "file")
+    assert other.episodes[0][0].total == buffer.episodes[0][0].total > 43
+
+
 def test_sampling_is_reproducible_and_apart():
     """The seed alone decides what is sampled, and the global generators are left alone."""
     numpy_state, torch_state, python_state = np.random.get_state()[1], torch.get_rng_state(), random.getstate()
