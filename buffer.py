@@ -137,14 +137,14 @@ class ReplayBuffer:
         rows = self._index(env, episode.start, episode.length)
         return {name: getattr(self, name)[rows].cpu().numpy() for name in self.COLUMNS}
 
-    def load(self, env: int, columns: dict[str, np.ndarray], number: int, file: str) -> None:
-        """Append a finished episode, as exported, to the ring of `env`.
+    def load(self, env: int, columns: dict[str, np.ndarray], length: int, number: int, file: str) -> None:
+        """Append the last `length` rows of a finished episode, as exported, to the ring of `env`.
 
         Raises ValueError, and changes nothing, where a column is missing or of another shape or type than this
         buffer's.
         """
         total = len(columns.get("reward", ()))
-        length = min(total, self.rows)
+        length = min(length, total, self.rows)
         for name in self.COLUMNS:
             ours = getattr(self, name)
             dtype = torch.empty(0, dtype=ours.dtype).numpy().dtype

@@ -269,8 +269,7 @@ class ReplayFiles:
         for name, env, length in index:
             try:
                 columns = _load_episode(self.folder / name)
-                columns = {key: value[-length:] for key, value in columns.items()}
-                self.replay.load(env % len(self.replay.episodes), columns, _number(name), name)
+                self.replay.load(env % len(self.replay.episodes), columns, length, _number(name), name)
             except (CheckpointError, ValueError, IndexError) as error:
                 lost.append(str(error))
         self.needed = min((_number(name) for name, _, _ in index), default=episodes)

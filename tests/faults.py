@@ -20,7 +20,7 @@ from test_run import TINY, metrics, newest
 # 8 episodes of 20 steps; training starts in the second, 40 updates; the replay wraps around in the fifth.
 SHORT = (
     "--steps 160 --prefill 30 --pretrain 8 --train_every 4 --capacity 90 --log_every 50 --eval_every 60 "
-    "--video_every 1000000 --eval_episodes 1"
+    "--video_every 1000000 --eval_episodes 1 --replay_focus 1"  # of two sequences one is of the newest, one of the best
 )
 
 

@@ -121,12 +121,13 @@ def test_focus_draws_from_the_newest_and_the_best_episodes(running):
 
 
 def test_a_return_is_the_same_from_memory_and_from_a_file():
-    """What ranks an episode survives its way through a file to the last bit, so that a resumed run draws the same."""
+    """What ranks an episode is the same to the last bit after its way through a file, also once rows are forgotten."""
     buffer, other = (ReplayBuffer(100, 1, IMAGE_SHAPE, 2, seed=0) for _ in range(2))
     for i in range(30):
         buffer.add(transition(i, is_first=i == 0)._replace(reward=0.1 * i), 0)
     buffer.finish(0, 0)
-    other.load(0, buffer.export(0, buffer.episodes[0][0]), 0, "file")
+    other.load(0, buffer.export(0, buffer.episodes[0][0]), 12, 0, "file")
+    assert other.episodes[0][0].length == 12
     assert other.episodes[0][0].total == buffer.episodes[0][0].total > 43
 
 
