@@ -91,7 +91,8 @@ def rollouts(behavior: Behavior, reward: float | Tensor = 0.0, discount: float =
 
 def tiny_behavior(**changes) -> Behavior:
     torch.manual_seed(0)
-    return Behavior(tiny_config(**changes), FEAT_SIZE, action_size=2)
+    # Made-up features are plain numbers: they have no one-hot groups, as with Gaussian latents.
+    return Behavior(tiny_config(classes=0, **changes), FEAT_SIZE, action_size=2)
 
 
 # returns
