@@ -100,7 +100,7 @@ def draw(path: Path) -> None:
         column[0].set_ylabel("return / episode length")
         column[1].set_ylabel("success rate")
         column[1].set_xlabel("minutes" if by_time else "thousand control steps")
-        column[1].legend(loc="upper left", fontsize=8)
+        column[1].legend(loc="lower right", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
