@@ -30,7 +30,7 @@ class Draws:
         cumulative[..., -1] = 1.0 + probs.shape[-1]  # rounding must not leave the last class out of reach
         uniform = torch.empty_like(probs[..., :1]).uniform_(generator=self.generator)
         index = (cumulative > uniform).to(torch.uint8).argmax(-1, keepdim=True)  # the first that exceeds it
-        return torch.zeros_like(probs).scatter_(-1, index, 1.0)
+        return (index == torch.arange(probs.shape[-1], device=probs.device)).to(probs.dtype)
 
     def normal(self, mean: Tensor) -> Tensor:
         """Standard normal noise of `mean`'s shape."""
@@ -139,8 +139,9 @@ class _OneHotLinear(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, classes: int) -> Tensor:
         ctx.save_for_backward(x, weight)
         size = groups * classes
-        number = torch.arange(1, classes + 1, dtype=x.dtype)
-        index = (x[:, :size].unflatten(1, (groups, classes)) @ number).round().long()  # 1 .. classes; 0: all zeros
+        number = torch.arange(1.0, classes + 1).unsqueeze(1)
+        number = torch.kron(torch.eye(groups), number).to(x.dtype)  # (size, groups): one product for all groups
+        index = (x[:, :size] @ number).round().long()  # 1 .. classes; 0: all zeros
         row = (index + classes * torch.arange(groups)) * (index > 0)
         table = torch.cat([weight.new_zeros(1, len(weight)), weight[:, :size].t()])
         return F.linear(x[:, size:], weight[:, size:], bias).add_(F.embedding_bag(row, table, mode="sum"))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from networks import LOG_2PI, Draws, init_weights, low_precision
+from networks import LOG_2PI, Draws, FeatureLinear, init_weights, low_precision
 
 GRU_NORM_EPS = 1e-3  # Keras' default
 GRU_UPDATE_BIAS = -1.0  # keeps the old state at first: sigmoid(-1) = 0.27
@@ -76,7 +76,7 @@ class RSSM(nn.Module):
         self.stoch_size = stoch * max(classes, 1)
         self.feat_size = self.stoch_size + deter
         stats = stoch * (classes or 2)
-        self.img_in = nn.Linear(self.stoch_size + action_size, hidden)
+        self.img_in = FeatureLinear(self.stoch_size + action_size, hidden, stoch, classes)
         self.gru = GRUCell(hidden, deter)
         self.img_out = nn.Linear(deter, hidden)
         self.img_dist = nn.Linear(hidden, stats)
@@ -111,7 +111,7 @@ class RSSM(nn.Module):
         deter_weight = low_precision(self.obs_out.weight[:, : self.deter])
         posts = []
         for a, e, k in zip(action_part.unbind(), embed_part.unbind(), keep.unbind(), strict=True):
-            deter = self._deter(state.stoch * k, state.deter * k, a, stoch_weight)
+            deter = self.gru(F.elu(a + F.linear(state.stoch * k, stoch_weight)), state.deter * k)
             hidden = F.elu(e + F.linear(deter, deter_weight))
             stats = self._stats(self.obs_dist(hidden))
             state = RSSMState(deter, self.sample(stats, draws), stats)
@@ -137,13 +137,11 @@ class RSSM(nn.Module):
         Returns the H + 1 states, the start first, their features (H + 1, N, F), and actions (H + 1, N, A): action[i]
         led to state[i], so action[0] is zeros.
         """
-        action_weight = low_precision(self.img_in.weight[:, self.stoch_size :])
-        stoch_weight = low_precision(self.img_in.weight[:, : self.stoch_size])
         states, feats, actions = [start], [start.feat], []
         for _ in range(horizon):
             actions.append(policy(feats[-1]))
-            action_part = F.linear(actions[-1], action_weight, self.img_in.bias)
-            deter = self._deter(states[-1].stoch, states[-1].deter, action_part, stoch_weight)
+            inputs = torch.cat([low_precision(states[-1].stoch), low_precision(actions[-1])], -1)
+            deter = self.gru(F.elu(self.img_in(inputs)), states[-1].deter)
             stats = self.prior(deter)
             states.append(RSSMState(deter, self.sample(stats, draws), stats))
             feats.append(states[-1].feat)
@@ -185,10 +183,6 @@ class RSSM(nn.Module):
             information = torch.special.entr(probs.mean((0, 1))).sum(-1) - entropy
             return (information > USED_NATS).float().mean()
         return (stats[..., 0].var((0, 1), correction=0) > USED_VARIANCE).float().mean()
-
-    def _deter(self, stoch: Tensor, deter: Tensor, action_part: Tensor, stoch_weight: Tensor) -> Tensor:
-        x = F.elu(action_part + F.linear(stoch, stoch_weight))
-        return self.gru(x, deter)
 
     def _stats(self, raw: Tensor) -> Tensor:
         raw = raw.float()
