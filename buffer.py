@@ -43,7 +43,8 @@ class Batch(NamedTuple):
     is_terminal: Tensor  # (T, B) bool
 
     def to(self, device: torch.device | str) -> "Batch":
-        return Batch(*(x.to(device, non_blocking=True) for x in self))
+        # From unpinned memory CUDA has read everything when a copy returns; MPS might still be reading what is freed.
+        return Batch(*(x.to(device, non_blocking=torch.device(device).type == "cuda") for x in self))
 
 
 @dataclass
@@ -188,7 +189,7 @@ class ReplayBuffer:
             raise ValueError(f"no episode in replay has {batch_length} rows yet")
         env, start, windows, number, total = map(np.array, zip(*episodes, strict=True))
         number = np.where(number < 0, number.max() + 1, number)  # a running one is the newest
-        part = round(self.focus * batch_size / 2)
+        part = min(round(self.focus * batch_size / 2), batch_size // 2)
         draws = [
             self._draw(windows * _highest_tenth(number), part),
             self._draw(windows * _highest_tenth(total), part),

@@ -43,7 +43,7 @@ class Draws:
         uniform = torch.empty_like(mean).uniform_(generator=self.generator)
         # Rounded to 0 or 1, the quantile would be infinite: once in 2^24 draws from a narrow normal at a bound.
         quantile = (low + uniform * (high - low)).clamp(2.0**-24, 1 - 2.0**-24)
-        return mean + std * torch.special.ndtri(quantile)
+        return mean + std * math.sqrt(2) * torch.erfinv(2 * quantile - 1)  # ndtri(quantile), which MPS lacks
 
     def subset(self, total: int, count: int, device: torch.device) -> Tensor:
         """`count` different indices below `total`, in random order."""

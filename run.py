@@ -578,7 +578,9 @@ class Run:
             is_first = np.ones_like(is_first)
         images = torch.as_tensor(image, device=self.device)
         action, state = self.agent.act(images, state, torch.as_tensor(is_first, device=self.device))
-        return self.gripper_hold(action.float().cpu().numpy(), is_random=False), state
+        taken = self.gripper_hold(action.float().cpu().numpy(), is_random=False)
+        # What the policy remembers is what was done, as the replay has it, not what it had wanted.
+        return taken, state._replace(action=torch.as_tensor(taken, dtype=torch.float32, device=self.device))
 
     def learn(self, agent_steps: int, bar: tqdm) -> None:
         """The updates that are due after `agent_steps` more: one for each `train_every`, whatever num_envs is."""

@@ -118,6 +118,8 @@ def test_focus_draws_from_the_newest_and_the_best_episodes(running):
     assert (shares[: count + running] - 1 / (count + running)).abs().max() < 0.015
     buffer.focus = 0.0
     assert np.isin(buffer.sample(1000, 4).action[0, :, 0], best).mean() < 0.2
+    buffer.focus = 1.0
+    assert all(buffer.sample(size, 4).action.shape[1] == size for size in range(1, 9))
 
 
 def test_a_return_is_the_same_from_memory_and_from_a_file():

@@ -404,6 +404,26 @@ def test_actions_beyond_the_policys_bounds_are_refused(tmp_path, capsys):
     assert "is not a Box in [-1, 1]" in capsys.readouterr().err
 
 
+def test_the_policy_remembers_held_commands(tmp_path, monkeypatch):
+    """What the policy takes for its last action is what the environment got, held gripper commands included."""
+    executed, remembered, act = [], [], Dreamer.act
+
+    class Listening(FakeEnv):
+        def step(self, action):
+            executed.append(np.array(action, np.float32))
+            return super().step(action)
+
+    def listen(self, image, state, is_first, draws=None, deterministic=False):
+        if not deterministic and state is not None:
+            remembered.append((state.action[0].numpy(), executed[-1]))
+        return act(self, image, state, is_first, draws, deterministic)
+
+    monkeypatch.setattr(Dreamer, "act", listen)
+    assert train(tmp_path / "run", "--gripper_hold 1 --eval_every 1000", Listening) == 0
+    assert len(remembered) > 70 and all(np.array_equal(*pair) for pair in remembered)
+    assert 10 < sum(abs(action[-1]) == 1 for action, _ in remembered) < len(remembered)
+
+
 def test_no_gripper_no_gripper_hold(tmp_path, capsys):
     """Where the last action is no gripper's, it stays the agent's own, and a line says so."""
 
