@@ -147,11 +147,12 @@ def snapshot(state):
     return state
 
 
-def versions(device: torch.device) -> dict[str, str | int]:
+def versions(device: torch.device, autocast_dtype: torch.dtype | None) -> dict[str, str | int]:
     """What has to stay the same for a resumed run to be bit for bit the uninterrupted one."""
     return {
         "torch": str(torch.__version__), "threads": torch.get_num_threads(), "device": device.type,
-        "machine": platform.machine(),
+        "machine": platform.machine(), "instructions": torch.backends.cpu.get_cpu_capability(),
+        "products in": str(autocast_dtype or torch.float32).removeprefix("torch."),
     }  # fmt: skip
 
 
@@ -338,12 +339,12 @@ class Saver:
         self.failing = True
 
 
-def save_policy(path: Path, policy: Policy, config: Config, **about) -> None:
-    """Write encoder, RSSM and actor with all that is needed to build them again."""
+def policy_file(policy: Policy, config: Config, **about) -> bytes:
+    """The bytes of a `policy.pt`: encoder, RSSM and actor with all that is needed to build them again."""
     buffer = io.BytesIO()
     torch.save(
         {
-            "config": dataclasses.asdict(config),
+            "config": dataclasses.asdict(config) | {"run_dir": ""},  # where it was learnt is nobody else's business
             "image_shape": policy.encoder.shape,
             "action_size": policy.actor.out.out_features,
             "weights": {name: value.cpu() for name, value in policy.state_dict().items()},
@@ -351,7 +352,7 @@ def save_policy(path: Path, policy: Policy, config: Config, **about) -> None:
         },
         buffer,
     )
-    write_file(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def load_policy(path: str | Path, device: torch.device | str = "cpu") -> tuple[Policy, Config]:
@@ -361,11 +362,13 @@ def load_policy(path: str | Path, device: torch.device | str = "cpu") -> tuple[P
     """
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
+        if not isinstance(saved, dict):
+            raise TypeError("it holds something else")
         config = Config(**saved["config"])
         policy = Policy.build(config, saved["image_shape"], saved["action_size"])
         policy.load_state_dict(saved["weights"])
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no policy file {path}") from error
-    except (RuntimeError, OSError, EOFError, KeyError, TypeError, ValueError, UnpicklingError) as error:
+    except Exception as error:  # torch.load raises almost anything for files that aren't its own
         raise CheckpointError(f"{path} is no policy file: {type(error).__name__}") from error
     return policy.to(device).eval(), config

@@ -249,13 +249,17 @@ class RoboSuiteEnv(gymnasium.Env):
 make_env = RoboSuiteEnv
 
 
+class BrokenEnv(RuntimeError):
+    """An environment that fails again right after it was built anew; the message is for the user."""
+
+
 class RebuildingEnv(gymnasium.Wrapper):
     """Builds its environment anew where that raises, and goes on with its generator.
 
     `build` makes the environment. A failed step ends the episode: the last image once more, no reward, truncated.
     A failed reset is tried once more in the new environment. Either says so: info["env_error"] is then one line
-    about the exception. An image of another type or shape than the space's is an exception too. What `build` raises
-    passes through.
+    about the exception. An image of another type or shape than the space's is an exception too. BrokenEnv where
+    that doesn't help; what the first `build` raises passes through.
     """
 
     def __init__(self, build: Callable[[], gymnasium.Env]) -> None:
@@ -269,8 +273,11 @@ class RebuildingEnv(gymnasium.Wrapper):
             self._check(image)
         except Exception as error:  # a simulator may raise anything
             self._rebuild()
-            image, info = self.env.reset(**kwargs)
-            self._check(image)
+            try:
+                image, info = self.env.reset(**kwargs)
+                self._check(image)
+            except Exception as again:
+                raise BrokenEnv(f"a reset failed in a new environment too: {_describe(again)}") from again
             info = {**info, "env_error": _describe(error)}
         self._image = image
         return image, info
@@ -295,7 +302,10 @@ class RebuildingEnv(gymnasium.Wrapper):
         generator = self.env.np_random
         with contextlib.suppress(Exception):  # it is broken: it may not even close
             self.env.close()
-        self.env = self._build()
+        try:
+            self.env = self._build()
+        except Exception as error:
+            raise BrokenEnv(f"an environment can't be built anew: {_describe(error)}") from error
         self.env.np_random = generator
 
 

@@ -131,14 +131,14 @@ class Logger:
     @contextlib.contextmanager
     def _mirroring(self) -> Iterator[None]:
         """W&B may fail at any call: no network, a full disk, its process gone. The local files go on without it."""
-        import wandb
-
         try:
             yield
-        except (wandb.Error, OSError, RuntimeError) as error:
+        except Exception as error:  # its settings' validation and a broken package raise more than wandb.Error
             self.wandb = None
             self.warn("W&B is off from here on", (str(error) or type(error).__name__).splitlines()[0])
-            with contextlib.suppress(wandb.Error, OSError, RuntimeError):
+            with contextlib.suppress(Exception):
+                import wandb
+
                 wandb.teardown()  # or its exit hook stumbles over the same, with a traceback
 
 
@@ -232,8 +232,12 @@ def pick_wandb_mode(flag: str, environ: dict[str, str]) -> tuple[str, str]:
     asked, source = (flag, "--wandb") if flag != "auto" else (environ.get("WANDB_MODE"), "WANDB_MODE")
     if asked == "online" and not key:
         return "offline", f"{source} online, but no API key was found"
+    if asked == "dryrun":  # an older name, which wandb still takes
+        return "offline", source
     if asked in WANDB_MODES:
         return asked, source
+    if asked:
+        return "disabled", f"{source} {asked} is unknown; valid: {', '.join(WANDB_MODES)}"
     return ("online", "an API key was found") if key else ("offline", "no API key was found")
 
 
@@ -263,6 +267,7 @@ def _start_wandb(run_dir: Path, config: dict, mode: str, run_id: str):
             silent=True,
             console="off",
             init_timeout=30,  # seconds
+            finish_timeout=30,
             x_disable_stats=True,
             # Host, user, paths, git remotes and packages installed from a folder name people.
             x_disable_meta=True,

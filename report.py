@@ -176,6 +176,8 @@ def _read_run(folder: Path, colour: str) -> RunData:
         lines, torn = read_metrics(folder)
         config_file = folder / "config.json"
         config = json.loads(config_file.read_text()) if config_file.exists() else {}
+        if not isinstance(config, dict):
+            raise ValueError("its config.json holds no constants")
     except (OSError, ValueError) as error:
         raise ReportError(f"--report {folder}: {error}") from error
     if not lines:
@@ -377,13 +379,14 @@ def _pictures(run: RunData, several: bool) -> str:
         videos = sorted((run.folder / "videos").glob(f"{kind}_*.mp4"))
         if not videos:
             continue
-        step = int(videos[-1].stem.split("_")[-1])
+        after = ""
         try:
+            after = f"after {int(videos[-1].stem.split('_')[-1]):,} steps"
             images = "".join(_image("jpeg", data, title) for data in _frames(videos[-1], shares))
             body = f"<div class='frames {kind}'>{images}</div>"
         except (OSError, ImportError, RuntimeError, ValueError, IndexError) as error:  # no back end, a damaged file
             body = f"<p class=note>{html.escape(f'{videos[-1].name} could not be read: {error}')}</p>"
-        parts.append(f"<h3>{html.escape(title)} <span class=note>after {step:,} steps</span></h3>{body}")
+        parts.append(f"<h3>{html.escape(title)} <span class=note>{after}</span></h3>{body}")
     return "".join(parts) or "<p class=note>no videos yet</p>"
 
 

@@ -15,7 +15,9 @@ import ctypes
 import dataclasses
 import difflib
 import functools
+import itertools
 import json
+import math
 import os
 import random
 import shlex
@@ -49,14 +51,14 @@ from checkpoint import (
     list_checkpoints,
     load_checkpoint,
     load_policy,
+    policy_file,
     remove_leftovers,
-    save_policy,
     set_global_rngs,
     snapshot,
     versions,
     write_file,
 )
-from env import RebuildingEnv, close_vector_env, make_vector_env
+from env import BrokenEnv, RebuildingEnv, close_vector_env, make_vector_env
 from env import make_env as make_robosuite_env
 from logger import (
     RECORDINGS,
@@ -110,6 +112,9 @@ SHAPE_FIELDS = (  # a run that differs in these can't be continued
 )  # fmt: skip
 
 
+OUTPUTS = ("metrics.jsonl", "policy.pt", "replay", "videos", "wandb", "report.html")  # of a run, beside checkpoints
+
+
 class UserError(Exception):
     """The user's mistake, told in one line; exit code 2."""
 
@@ -135,7 +140,7 @@ MakeEnv = Callable[..., gymnasium.Env]
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         if "unrecognized arguments" in message:
-            flag = message.split(": ")[1].split()[0]
+            flag = (message.split(": ")[1].split() or ["''"])[0]
             names = [f"--{field.name}" for field in dataclasses.fields(Config)] + ["--eval", "--report"]
             near = difflib.get_close_matches(flag, names, n=1)
             hint = f"did you mean {near[0]}?" if near else "`python run.py --help` lists them all"
@@ -283,7 +288,11 @@ def evaluate(
         while True:
             if film and episode == 0:
                 started = time.perf_counter()
-                renders.append(env.render())
+                try:
+                    renders.append(env.render())
+                except Exception as error:  # whatever a simulator raises, the evaluation needs no pictures
+                    tqdm.write(f"warning: the evaluation is not filmed: render() raised {error!r}")
+                    film, renders = False, []
                 result.render_seconds += time.perf_counter() - started
             if done:
                 break
@@ -335,17 +344,23 @@ class Run:
         self.config, self.make_env, self.run_dir, self.device = config, make_env, run_dir, device
         self.envs = envs
         self.eval_env: gymnasium.Env | None = None
-        image_shape = envs.single_observation_space.shape
-        actions = envs.single_action_space
+        images, actions = envs.single_observation_space, envs.single_action_space
+        image_shape = (3 * len(config.cameras), config.image_size, config.image_size)
+        if images.dtype != np.uint8 or images.shape != image_shape:
+            raise UserError(f"task {config.task}: its images {images.dtype} {images.shape} are not uint8 {image_shape}")
         if not isinstance(actions, gymnasium.spaces.Box) or (actions.low != -1).any() or (actions.high != 1).any():
             raise UserError(f"task {config.task}: its action space {actions} is not a Box in [-1, 1]")
         action_size = actions.shape[0]
         dtype = pick_precision(config.precision, device)
         self.agent = Dreamer(config, image_shape, action_size, device, dtype)
         where = pick_replay_device(config.capacity, image_shape, device)
-        self.replay = ReplayBuffer(
-            config.capacity, config.num_envs, image_shape, action_size, config.seed, config.replay_focus, where
-        )
+        try:
+            self.replay = ReplayBuffer(
+                config.capacity, config.num_envs, image_shape, action_size, config.seed, config.replay_focus, where
+            )
+        except RuntimeError as error:  # torch's, where the system refuses that much
+            size = config.capacity * math.prod(image_shape) / 1e9
+            raise UserError(f"capacity {config.capacity} needs {size:,.0f} GB, which can't be had") from error
         self.replay_files = ReplayFiles(run_dir, self.replay, config.save_replay)
         self.saver = Saver(run_dir, self.replay_files)
         self.envs.single_action_space.seed(config.seed)
@@ -363,6 +378,7 @@ class Run:
         self.logged_at = time.monotonic()
         self.env_errors: deque[float] = deque()  # times of the last ones
         self.lost_workers = False
+        self.unwritten_policy: bytes | None = None  # of the best evaluation
         self.gradients_checked = device.type != "mps"
 
     # -- saving
@@ -387,19 +403,26 @@ class Run:
                     "action_space": self.envs.single_action_space.np_random.bit_generator.state,
                     "envs": [rng.bit_generator.state for rng in env_rngs],
                 },
-                "versions": versions(self.device),
+                "versions": versions(self.device, self.agent.autocast_dtype),
             }
         )
 
+    def load(self, state: dict, path: Path) -> None:
+        """The part of a checkpoint's state that can fail to fit; CheckpointError then."""
+        try:
+            self.progress = Progress(**state["progress"])
+            self.agent.load_state_dict(state["agent"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"{path} does not fit this release or environment: {reason}") from error
+
     def restore(self, state: dict) -> None:
-        """Go on from a checkpoint's state; says what keeps that from being exact."""
-        self.progress = Progress(**state["progress"])
-        self.agent.load_state_dict(state["agent"])
+        """Go on from the rest of a checkpoint's state; says what keeps that from being exact."""
         self.totals = {name: total.to(self.device) for name, total in state["totals"].items()}
         self.updates_since = state["updates_since"]
         self.saver.saved_step = self.progress.step
         self.restore_replay(state["replay"])
-        here = versions(self.device)
+        here = versions(self.device, self.agent.autocast_dtype)
         if other := [f"{name} {old} -> {here[name]}" for name, old in state["versions"].items() if old != here[name]]:
             print(f"warning: this will not be bit for bit the run that was saved: {', '.join(other)}")
         rng = state["rng"]
@@ -433,6 +456,7 @@ class Run:
             tqdm.write(f"warning: {skipped} update(s) just skipped for a NaN: the state before that is kept")
         else:
             self.saver.held = self.state()
+        self.write_policy()
 
     def check_finite(self) -> int:
         """The number of updates just skipped in a row; Failure where learning has ended. Waits for the device."""
@@ -461,11 +485,11 @@ class Run:
         """Collect, learn, look and save until `steps`, or until a stop that saves first."""
         try:
             self.loop()
-        except (Interrupted, EnvFailure):
+        except Exception:  # what is held is sound, whatever has happened since
             self.saver.save()
             raise
-        if self.saver.saved_step < self.progress.step:
-            raise Failure(f"the last checkpoint of {self.run_dir} was not written: see the warnings above")
+        if self.saver.saved_step < self.progress.step or self.unwritten_policy:
+            raise Failure(f"the last checkpoint or policy.pt of {self.run_dir} was not written: see the warnings above")
 
     def loop(self) -> None:
         """Collect, learn, look and save until `steps`."""
@@ -547,6 +571,9 @@ class Run:
             self.check_signal()
             codes = [process.exitcode for process in self.envs.processes]
             raise EnvFailure(f"an environment's process has ended; exit codes: {codes}") from error
+        except BrokenEnv as error:
+            self.lost_workers = True
+            raise EnvFailure(f"{error}; the same command continues") from error
 
     def add(self, env: int, row: Transition) -> None:
         """To the replay; what that refuses ends the run (EnvFailure)."""
@@ -597,7 +624,10 @@ class Run:
         updates, p.owed = updates + due, p.owed - due * c.train_every
         with self.watch("update"):
             for _ in range(updates):
-                batch = self.replay.sample(c.batch_size, c.batch_length).to(self.device)
+                try:
+                    batch = self.replay.sample(c.batch_size, c.batch_length).to(self.device)
+                except ValueError as error:
+                    raise EnvFailure(f"{error}: the environment ends its episodes earlier") from error
                 if not self.gradients_checked:
                     self.check_gradients(batch)
                 for name, value in self.agent.train_step(batch).items():
@@ -676,13 +706,16 @@ class Run:
                 self.show(bar, "evaluate", note)
             self.check_signal()
 
-        result = evaluate(self.agent.act, self.eval_env, episodes, c.action_repeat, self.device, film, each_step)
+        try:
+            result = evaluate(self.agent.act, self.eval_env, episodes, c.action_repeat, self.device, film, each_step)
+        except BrokenEnv as error:
+            raise EnvFailure(f"in the evaluation, {error}; the same command continues") from error
         summary = result.summary()
         draws = Draws(torch.Generator(self.device).manual_seed(EVAL_SEED))
         analysis = analyse(self.agent, result.recordings, draws)
         self.logger.scalars(p.step, summary | analysis.metrics)
         tqdm.write(f"step {p.step}: {describe(summary)}")
-        if film:
+        if film and result.recordings[0].renders is not None:
             self.show(bar, "evaluate", "videos")
             self.watch.seconds["video"] += result.render_seconds
             with self.watch("video"):
@@ -690,12 +723,18 @@ class Run:
             p.filmed = p.step
         if summary["eval/return_mean"] > p.best:
             p.best, p.best_step = summary["eval/return_mean"], p.step
-            try:
-                save_policy(self.run_dir / "policy.pt", self.agent.policy, c, env_step=p.step, **summary)
-            except OSError as error:
-                self.saver.warn(error)
+            self.unwritten_policy = policy_file(self.agent.policy, c, env_step=p.step, **summary)  # `keep` writes it
         p.evaluated = p.step
         self.show(bar, "train")
+
+    def write_policy(self) -> None:
+        """The best evaluation's policy, unless that is done. Where the disk refuses it, a later call tries again."""
+        if self.unwritten_policy:
+            try:
+                write_file(self.run_dir / "policy.pt", self.unwritten_policy)
+                self.unwritten_policy = None
+            except OSError as error:
+                self.logger.warn("policy.pt can't be written", str(error))
 
     def film(self, result: Evaluation, analysis: Analysis, draws: Draws) -> None:
         """The three videos: an episode, the model's open-loop prediction, and what the policy imagines."""
@@ -761,7 +800,7 @@ def preflight(run: Run, flags: dict, wandb_mode: tuple[str, str]) -> None:
     elif need <= free:
         say(f"replay: up to {need / 1e9:.2f} GB of memory, {free / 1e9:.1f} GB free")
     else:
-        rows = int(c.capacity * free / need * 0.9)
+        rows = int(free / run.replay.row_bytes * 0.9)
         raise UserError(f"capacity {c.capacity} needs {need / 1e9:.1f} GB but {free / 1e9:.1f} are free: try {rows}")
     if c.save_replay:
         say(f"replay on disk: up to {need / 1e9:.2f} GB, {free_disk(run.run_dir) / 1e9:.1f} GB free")
@@ -821,6 +860,15 @@ def _text(value) -> str:
     return "+".join(value) if isinstance(value, tuple) else str(value).lower() if value in (True, False) else str(value)
 
 
+@contextlib.contextmanager
+def path_errors(what: str):
+    """A path that the system refuses, such as a name that is too long, is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what}: {error.strerror}") from error
+
+
 def pick_run_dir(config: Config) -> Path:
     """The run folder, not made yet; refused where it can't be one (UserError)."""
     run_dir = Path(config.run_dir or f"runs/{config.task}_{config.preset}_{config.seed}")
@@ -829,9 +877,18 @@ def pick_run_dir(config: Config) -> Path:
         raise UserError(f"run_dir {run_dir} can't be used: {there} is not a folder that can be written to")
     ours = {"config.json", ".config.json.tmp", LOCK_NAME}  # all there may be after a crash at the very start
     names = {path.name for path in run_dir.iterdir()} if run_dir.exists() else set()
-    if names - ours and "config.json" not in names:
+    if names - ours and not is_run_dir(run_dir):
         raise UserError(f"run_dir {run_dir} is not empty and no run folder: choose another")
     return run_dir
+
+
+def is_run_dir(folder: Path) -> bool:
+    """Whether a folder has checkpoints or the constants of a run."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        config = None
+    return bool(list_checkpoints(folder)) or (isinstance(config, dict) and {"task", "preset"} <= config.keys())
 
 
 def make_run_dir(run_dir: Path, config: Config, lock: RunLock, resumed: Path | None) -> None:
@@ -844,11 +901,13 @@ def make_run_dir(run_dir: Path, config: Config, lock: RunLock, resumed: Path | N
             cut_back(run_dir, resumed)
         elif list_checkpoints(run_dir):
             raise InUse(f"{run_dir} got a checkpoint from another process just now: start again")
-        elif (run_dir / "metrics.jsonl").exists():
-            print(f"{run_dir} has no checkpoint yet: starting afresh")
-            files = (*run_dir.glob("replay/*.npz"), *run_dir.glob("videos/*.mp4"))
-            for path in (run_dir / "metrics.jsonl", run_dir / "policy.pt", *files):
-                path.unlink(missing_ok=True)
+        elif earlier := [run_dir / name for name in OUTPUTS if (run_dir / name).exists()]:
+            number = next(n for n in itertools.count(1) if not (run_dir / f"earlier_{n}").exists())
+            aside = run_dir / f"earlier_{number}"
+            aside.mkdir()
+            for path in earlier:
+                path.rename(aside / path.name)
+            print(f"{run_dir} has no checkpoint: starting afresh; what lay there is in {aside}")
         write_file(run_dir / "config.json", json.dumps(dataclasses.asdict(config), indent=2).encode())
     except OSError as error:
         raise UserError(f"run_dir {run_dir} can't be used: {error.strerror}") from error
@@ -865,6 +924,8 @@ def check_same_shapes(run_dir: Path, saved: dict, config: Config) -> None:
             raise UserError(
                 f"{name} {new} does not fit the run in {run_dir}, made with {old}: choose another --run_dir"
             )
+    for name in (name for name in now if name not in saved):
+        print(f"not in the checkpoint, which is older: {name}; it is {now[name]} from here on")
     for name, (old, new) in changed.items():
         if name not in ("run_dir", "device", "wandb"):
             print(f"changed since the checkpoint: {name} {old} -> {new}")
@@ -877,10 +938,11 @@ def main(argv: list[str] | None = None, make_env: MakeEnv = make_robosuite_env) 
     """Train or evaluate; returns the exit code."""
     try:
         config, flags, command = parse_config(sys.argv[1:] if argv is None else argv)
-        if command.eval:
+        if command.eval is not None:
             return evaluate_run(Path(command.eval), flags, make_env)
         if command.report:
-            print(f"report {write_report([Path(path) for path in command.report])}")
+            with path_errors(f"--report {' '.join(command.report)}"):
+                print(f"report {write_report([Path(path) for path in command.report])}")
             return 0
         return train_run(config, flags, make_env)
     except (UserError, ReportError) as error:
@@ -896,7 +958,9 @@ def main(argv: list[str] | None = None, make_env: MakeEnv = make_robosuite_env) 
 def train_run(config: Config, flags: dict, make_env: MakeEnv) -> int:
     """Start or continue the run of this configuration."""
     keep_freed_memory()
-    run_dir, device = pick_run_dir(config), pick_device(config.device)
+    with path_errors(f"run_dir {config.run_dir}"):
+        run_dir = pick_run_dir(config)
+    device = pick_device(config.device)
     lock = RunLock(run_dir)
     try:
         if run_dir.exists():
@@ -915,13 +979,15 @@ def _train_run(
     loaded = load_checkpoint(run_dir)
     state, path, damaged = loaded or (None, None, [])
     if state:
-        if state["progress"]["step"] >= config.steps:
-            print(f"finished: {run_dir} has its {state['progress']['step']} steps; --steps extends it")
-            return 0
-        print(f"resumed {path} at step {state['progress']['step']}")
+        step = state["progress"]["step"]
+        finished = step >= config.steps
+        print(f"finished: {run_dir} has its {step} steps; --steps extends it" if finished
+              else f"resumed {path} at step {step}")  # fmt: skip
         for line in damaged:
             print(f"warning: {line}")
         check_same_shapes(run_dir, state["config"], config)
+        if finished:
+            return 0
         if "replay" not in state:
             raise CheckpointError(f"{path} is from a release of this program that saved no replay: use that one")
     seed_everything(config.seed)
@@ -929,6 +995,8 @@ def _train_run(
     try:
         wandb_mode = pick_wandb_mode(config.wandb, dict(os.environ))
         preflight(run, flags, wandb_mode)
+        if state:
+            run.load(state, path)
         make_run_dir(run_dir, config, lock, path)
         if state:
             run.restore(state)
@@ -949,12 +1017,16 @@ def _train_run(
 
 
 class stop_on_signals:
-    """Inside, the first SIGINT or SIGTERM asks the run to stop; a second one ends the process at once."""
+    """Inside, the first SIGINT or SIGTERM asks the run to stop; a second one ends the process at once.
+
+    Not where it comes in the same second: `timeout` sends its signal to the process and then to its group.
+    """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SAME = 1.0  # seconds
 
     def __init__(self, run: Run):
-        self.run = run
+        self.run, self.since = run, 0.0
 
     def __enter__(self):
         self.before = [signal.signal(number, self.handle) for number in self.SIGNALS]
@@ -964,18 +1036,23 @@ class stop_on_signals:
             signal.signal(number, handler)
 
     def handle(self, number, _frame):
-        if self.run.stop_signal:
+        if not self.run.stop_signal:
+            self.run.stop_signal, self.since = number, time.monotonic()
+        elif time.monotonic() - self.since > self.SAME:
             os._exit(128 + number)
-        self.run.stop_signal = number
 
 
 def evaluate_run(path: Path, flags: dict, make_env: MakeEnv) -> int:
     """Evaluate a run folder's best policy, or a policy file, for 20 episodes and film the first."""
-    file = path / "policy.pt" if path.is_dir() else path
-    if not file.exists():
-        raise UserError(f"--eval {path}: there is no {'policy.pt in it' if path.is_dir() else 'such run or policy'}")
-    if fixed := [name for name in flags if name in SHAPE_FIELDS or name == "preset"]:
-        raise UserError(f"{fixed[0]} {flags[fixed[0]]} can't be chosen with --eval: the run has its own")
+    with path_errors(f"--eval {path}"):
+        file = path / "policy.pt" if path.is_dir() else path
+        if not file.exists():
+            raise UserError(
+                f"--eval {path}: there is no {'policy.pt in it' if path.is_dir() else 'such run or policy'}"
+            )
+    free = {*ENV_FIELDS, "device", "eval_episodes"} - {*SHAPE_FIELDS}
+    if fixed := [name for name in flags if name not in free]:
+        raise UserError(f"{fixed[0]} {flags[fixed[0]]} can't be chosen with --eval; valid: {', '.join(sorted(free))}")
     try:
         policy, config = load_policy(file)
         config = dataclasses.replace(config, eval_episodes=EVAL_EPISODES)
@@ -989,6 +1066,8 @@ def evaluate_run(path: Path, flags: dict, make_env: MakeEnv) -> int:
     result = evaluate(policy.to(device), env, config.eval_episodes, config.action_repeat, device, film=True)
     env.close()
     print(describe(result.summary()))
+    if result.recordings[0].renders is None:
+        return 0
     video = file.with_suffix(".mp4")
     try:
         frames = policy_video(result.recordings[0], config.action_repeat)

@@ -153,7 +153,7 @@ PRESETS: dict[str, dict] = {
         actor_entropy=0.05, actor_entropy_final=0.003, entropy_updates=10_000,
         value_layers=3, value_units=256, value_lr=2e-4,
     ),
-    # Everything once, in about a minute.
+    # Everything once, in about half a minute.
     "debug": dict(
         controller="OSC_POSITION", control_freq=10, episode_steps=30, physics_step=0.005, steps=180,
         checkpoint_minutes=0, log_every=30, eval_every=90, eval_episodes=1, video_every=90,
@@ -199,6 +199,7 @@ def check_config(config: Config) -> None:
     c = config
     for field in dataclasses.fields(c):
         value = getattr(c, field.name)
+        check_type(field.name, value, field.type)
         check_choice(field.name, value)
         if isinstance(value, int | float) and not isinstance(value, bool):
             least = "at least 0" if field.name in MAY_BE_ZERO else "above 0"
@@ -217,6 +218,8 @@ def check_config(config: Config) -> None:
             f"entropy_updates {c.entropy_updates} needs actor_entropy {c.actor_entropy} and actor_entropy_final "
             f"{c.actor_entropy_final} above 0: the weight goes from one to the other by equal factors"
         )
+    if c.seed >= 2**32:  # NumPy's limit
+        raise ValueError(f"seed {c.seed} is out of range: it must be at most {2**32 - 1}")
     if c.horizon < 2:
         raise ValueError(f"horizon {c.horizon} is out of range: the actor needs at least 2 imagined steps")
     rows = c.episode_steps // c.action_repeat + 1
@@ -231,8 +234,27 @@ def check_config(config: Config) -> None:
                 f"{name} {getattr(c, name)} is too small: at least num_envs {c.num_envs} x batch_length "
                 f"{c.batch_length} = {c.num_envs * c.batch_length}"
             )
+    # A reset is a row, but no step: a replay must hold the steps that training waits for.
+    ring = c.capacity // c.num_envs
+    held = c.num_envs * (ring - math.ceil(ring / rows))
+    if held < c.prefill:
+        raise ValueError(f"capacity {c.capacity} is too small: it holds {held} agent steps, prefill is {c.prefill}")
     if c.steps < c.prefill * c.action_repeat:
         raise ValueError(f"steps {c.steps} end before the prefill of {c.prefill * c.action_repeat} control steps does")
+
+
+TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple[str, ...]: "names"}
+
+
+def check_type(name: str, value: object, wanted: type) -> None:
+    """Refuse a value that isn't of its field's type (ValueError)."""
+    if wanted == tuple[str, ...]:
+        right = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+    else:
+        right = isinstance(value, (int, float) if wanted is float else wanted)
+        right &= wanted is bool or not isinstance(value, bool)
+    if not right:
+        raise ValueError(f"{name} {value!r} is of the wrong type: it must be {TYPES[wanted]}")
 
 
 def check_choice(name: str, value: object) -> None:

@@ -3,7 +3,7 @@
 #   bash benchmarks/gpu.sh [FOLDER]     results go to FOLDER, ./gpu-results by default
 # Longer training, whose results are small enough to take home:
 #   MINUTES=25 bash benchmarks/gpu.sh
-# LIFT= trains with the plain `standard` preset.
+# LIFT= trains with `standard` but for an action repeat of 2.
 # Needs what run.py needs, but neither pytest nor an account.
 set -uo pipefail
 cd "$(dirname "$0")/.."

@@ -190,6 +190,9 @@ def test_wandb_mode_flag_beats_environment_beats_key(monkeypatch, tmp_path):
     assert logger.pick_wandb_mode("disabled", key | {"WANDB_MODE": "online"})[0] == "disabled"
     assert logger.pick_wandb_mode("auto", key | {"WANDB_MODE": "offline"})[0] == "offline"
     assert logger.pick_wandb_mode("auto", key)[0] == "online"
+    assert logger.pick_wandb_mode("auto", key | {"WANDB_MODE": "dryrun"})[0] == "offline"
+    mode, reason = logger.pick_wandb_mode("auto", key | {"WANDB_MODE": "disable"})  # a slip must not send anything
+    assert mode == "disabled" and "WANDB_MODE disable is unknown" in reason
     assert logger.pick_wandb_mode("auto", environ)[0] == "offline"
     assert logger.pick_wandb_mode("online", environ) == ("offline", "--wandb online, but no API key was found")
     assert logger.pick_wandb_mode("auto", environ | {"WANDB_MODE": "online"})[0] == "offline"

@@ -1,6 +1,7 @@
 """Never lose a run: interrupted, damaged and starved runs end where undisturbed ones do (cases in tests/README.md)."""
 
 import copy
+import functools
 import os
 import random
 import re
@@ -289,6 +290,7 @@ def test_a_second_signal_ends_at_once(tmp_path):
 
         def twice(*args):
             os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(run.stop_on_signals.SAME + 0.1)
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(60)
             return save(*args)
@@ -299,6 +301,20 @@ def test_a_second_signal_ends_at_once(tmp_path):
     code, output = Fork(work).finish(60)
     assert code == 143, output
     assert not checkpoint.list_checkpoints(tmp_path / "run")
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(tmp_path, monkeypatch):
+    """`timeout` sends its signal to the process and to its group: the state is saved all the same."""
+
+    def hook(env):
+        if env.total_steps == 45:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(CountingEnv, "hook", staticmethod(hook))
+    code, output = Fork(lambda: faults.train(tmp_path / "run", "--checkpoint_minutes 60", CountingEnv)).finish(60)
+    assert code == 143, output
+    assert newest(tmp_path / "run")["progress"]["step"] == 40
 
 
 def test_a_signal_before_any_episodes_end_leaves_a_folder_that_starts_afresh(tmp_path, capsys):
@@ -671,10 +687,41 @@ def test_a_reset_that_raises_is_tried_once_more(monkeypatch):
             return super().reset(**kwargs)
 
     env = run.RebuildingEnv(lambda: Reluctant(**options, seed=0))
-    with pytest.raises(OSError, match="not now"):
+    with pytest.raises(run.BrokenEnv, match="OSError: not now"):
         env.reset()
     failures[0] = 1
     assert "OSError: not now" in env.reset()[1]["env_error"]
+
+
+@pytest.mark.parametrize("num_envs", [1, 2])
+@pytest.mark.parametrize("seed", [0, run.EVAL_SEED], ids=["training", "evaluation"])
+def test_an_env_that_breaks_for_good_ends_the_run_with_its_state_saved(num_envs, seed, tmp_path, capsys):
+    """A reset that fails twice: exit code 1, one line, and the same command continues."""
+    if (num_envs, seed) == (2, run.EVAL_SEED):
+        return  # the evaluation's environment is in the main process either way
+    flags = f"--num_envs {num_envs} --checkpoint_minutes 60 --steps {200 * num_envs} --prefill {20 * num_envs}"
+    assert faults.train(tmp_path / "run", flags, functools.partial(BreakingEnv, breaks=seed)) == 1
+    error = capsys.readouterr().err
+    assert "a reset failed in a new environment too: OSError: gone" in error and error.count("\n") == 1
+    assert newest(tmp_path / "run")["progress"]["step"] >= 20
+    assert faults.train(tmp_path / "run", flags) == 0
+
+
+class BreakingEnv(FakeEnv):
+    """Has a seed whose environment can't be reset a third time, nor those that replace it."""
+
+    resets = 0
+
+    def __init__(self, *, seed, breaks, **options):
+        super().__init__(seed=seed, **options)
+        self.breaks = seed == breaks
+
+    def reset(self, **kwargs):
+        if self.breaks:
+            type(self).resets += 1
+            if type(self).resets > 2:
+                raise OSError("gone")
+        return super().reset(**kwargs)
 
 
 def test_gradients_that_differ_from_the_cpus_stop_the_run(tmp_path, monkeypatch, capsys):

@@ -31,6 +31,10 @@ TINY = (
 )
 
 
+SUMMARY = {"eval/return_mean": 0.0, "eval/return_std": 0.0, "eval/success_rate": 0.0, "eval/episodes": 1}
+LONG = "x" * 300  # characters; no file's name may have as many
+
+
 def train(run_dir: Path, flags: str = "", make_env=FakeEnv) -> int:
     return run.main([*TINY.split(), *flags.split(), "--run_dir", str(run_dir)], make_env)
 
@@ -220,6 +224,7 @@ def test_restore_gives_back_all_that_was_saved(tmp_path):
     state = newest(tmp_path / "run")
     config = Config(**(state["config"] | {"cameras": tuple(state["config"]["cameras"])}))
     fresh = run.Run(config, run.make_envs(config, FakeEnv), FakeEnv, tmp_path / "run", torch.device("cpu"))
+    fresh.load(state, tmp_path)
     fresh.restore(state)
     fresh.logger = logger.Logger(tmp_path / "run", {}, "disabled", size=state["progress"]["metrics_size"])
     again = fresh.state()
@@ -347,6 +352,11 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
         ("--report /no/such/run", ["/no/such/run"]),
         ("--run_dir /proc/run", ["run_dir", "/proc/run"]),
         ("--wandb maybe", ["wandb", "maybe", "offline"]),
+        ("--seed 4294967296", ["seed", "4294967296", "4294967295"]),
+        ("--preset debug --capacity 60", ["capacity", "60", "58", "prefill"]),
+        (f"--run_dir {LONG}", ["run_dir", "too long"]),
+        (f"--eval {LONG}", ["--eval", "too long"]),
+        (f"--report {LONG}", ["--report", "too long"]),
     ],
 )
 def test_bad_input_gets_one_line_that_names_it(flags, words, tmp_path, capsys, monkeypatch):
@@ -491,12 +501,112 @@ def test_an_edited_learning_rate_is_used_and_said(tmp_path, capsys):
     assert newest(tmp_path / "run")["agent"]["model_optimizer"]["adam"]["param_groups"][0]["lr"] == 0.001
 
 
-def test_a_folder_that_is_no_run_is_not_touched(tmp_path, capsys):
-    """--run_dir on a folder with other things in it is refused."""
-    (tmp_path / "thesis.tex").write_text("years of work")
+@pytest.mark.parametrize("other", ["thesis.tex", "config.json"])
+def test_a_folder_that_is_no_run_is_not_touched(other, tmp_path, capsys):
+    """--run_dir on a folder with other things in it is refused, also where one has the name of ours."""
+    (tmp_path / other).write_text('{"years": "of work"}')
+    (tmp_path / "metrics.jsonl").write_text("{}")
     assert train(tmp_path) == 2
     assert "not empty" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    assert {path.name for path in tmp_path.iterdir()} == {other, "metrics.jsonl"}
+
+
+def test_a_run_without_its_checkpoints_is_kept_aside(tmp_path, capsys):
+    """What a run has left is moved, not deleted, where the same command has to start afresh."""
+    assert train(tmp_path) == 0
+    for path in checkpoint.list_checkpoints(tmp_path):
+        path.unlink()
+    policy, lines = (tmp_path / "policy.pt").read_bytes(), metrics(tmp_path)
+    assert train(tmp_path) == 0
+    assert "earlier_1" in capsys.readouterr().out
+    assert (tmp_path / "earlier_1/policy.pt").read_bytes() == policy and metrics(tmp_path / "earlier_1") == lines
+    assert len(list((tmp_path / "earlier_1/replay").glob("*.npz"))) == 5
+    assert newest(tmp_path)["progress"]["step"] == 100
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"capacity": 2.5e5}, {"discount_head": "false"}, {"steps": "1000"}, {"cameras": "agentview"}, {"horizon": True}],
+)
+def test_an_edited_constant_of_the_wrong_type_is_refused(change):
+    """What no flag could give, an edit of the constants can: the field, the value and what is valid."""
+    ((name, value),) = change.items()
+    with pytest.raises(ValueError, match=f"{name} {value!r} is of the wrong type: it must be"):
+        check_config(dataclasses.replace(Config(), **change))
+
+
+def test_an_empty_flag_is_no_command_to_train(tmp_path, capsys, monkeypatch):
+    """An unset variable of a shell, as in `--eval "$RUN"`, starts nothing."""
+    monkeypatch.chdir(tmp_path)
+    for argv in (["--eval", ""], [""], ["--report", ""]):
+        assert run.main(argv, FakeEnv) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flag", ["--seed 3", "--precision float32", "--deter 8"])
+def test_eval_refuses_what_it_would_ignore(flag, tmp_path, capsys):
+    """Only the task's settings, the device and the number of episodes can be chosen."""
+    (tmp_path / "policy.pt").write_bytes(b"")
+    assert run.main(["--eval", str(tmp_path), *flag.split()], FakeEnv) == 2
+    assert "can't be chosen with --eval; valid: control_freq, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"l.", b"\x80\x02]q\x00.", b"tensor"])
+def test_eval_of_a_file_that_is_no_policy_gets_one_line(content, tmp_path, capsys):
+    """Whatever torch raises for it."""
+    (tmp_path / "policy.pt").write_bytes(content)
+    if content == b"tensor":
+        torch.save(torch.zeros(3), tmp_path / "policy.pt")
+    assert run.main(["--eval", str(tmp_path)], FakeEnv) == 2
+    assert "is no policy file" in capsys.readouterr().err
+
+
+def test_a_policy_file_does_not_tell_where_it_was_learnt(tmp_path):
+    """It is made to be given away."""
+    assert train(tmp_path / "run") == 0
+    assert str(tmp_path).encode() not in (tmp_path / "run/policy.pt").read_bytes()
+
+
+def test_an_env_that_cannot_render_trains_without_films(tmp_path, capsys):
+    """Pictures are not needed for learning: a warning, and no video."""
+
+    class Unseen(FakeEnv):
+        def render(self):
+            raise NotImplementedError
+
+    assert train(tmp_path / "run", make_env=Unseen) == 0
+    assert "is not filmed" in capsys.readouterr().out
+    assert not list((tmp_path / "run").glob("videos/*")) and "eval/return_mean" in str(metrics(tmp_path / "run"))
+
+
+def test_images_of_another_shape_are_refused(tmp_path, capsys):
+    """An environment whose images are not those that were asked for is named in one line."""
+
+    class Grey(FakeEnv):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.observation_space = gymnasium.spaces.Box(0, 255, (1, 64, 64), np.uint8)
+
+    assert train(tmp_path / "run", make_env=Grey) == 2
+    assert "(1, 64, 64) are not uint8 (3, 64, 64)" in capsys.readouterr().err
+
+
+def test_a_policy_that_a_full_disk_refused_is_written_later(tmp_path, monkeypatch, capsys):
+    """The best evaluation's policy is not lost: the next episode's end tries again."""
+    write, refused = run.write_file, []
+
+    def full(path, data):
+        if path.name == "policy.pt" and len(refused) < 2:
+            refused.append(data)
+            raise OSError(28, "No space left on device")
+        write(path, data)
+
+    monkeypatch.setattr(run, "write_file", full)
+    monkeypatch.setattr(run.Evaluation, "summary", lambda self: SUMMARY | {"eval/return_mean": -len(refused)})
+    assert train(tmp_path / "run") == 0
+    assert len(refused) == 2 and capsys.readouterr().out.count("policy.pt can't be written") == 1
+    assert (tmp_path / "run/policy.pt").read_bytes() == refused[0] == refused[1]  # the first evaluation's
 
 
 def test_a_replay_that_does_not_fit_is_refused(tmp_path, capsys, monkeypatch):
