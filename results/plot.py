@@ -31,7 +31,7 @@ ANCHORS = {
 }
 # RoboSuite's published SAC, which sees the full state: median env steps of five seeds to returns of 500.
 SAC = {"env_step": (120_000, 400_000, 438_000, 648_000, 820_000), "return": (217, 217, 300, 400, 450)}
-TITLES = {"cpu": "cpu preset (10 Hz, 100 steps), up to two cores", "standard": "standard preset (20 Hz, 500 steps)"}
+TITLES = {"cpu": "cpu preset (10 Hz, 100 steps), up to two cores", "standard": "standard preset (20 Hz)"}
 
 
 def add(run_dir: Path, name: str, hardware: str, commit: str, notes: str) -> Path:
@@ -91,7 +91,10 @@ def draw(path: Path) -> None:
             axis.grid(alpha=0.3)
         for name, height in ANCHORS[preset].items():
             column[0].axhline(height, color="0.3", linewidth=0.8, linestyle="--")
-            column[0].annotate(name, (0.01, height + 0.012), xycoords=("axes fraction", "data"), fontsize=8)
+            column[0].annotate(
+                name, (0.99, height), xycoords=("axes fraction", "data"), fontsize=8, ha="right", va="center", zorder=5,
+                bbox=dict(facecolor="white", edgecolor="none", pad=1),
+            )  # fmt: skip
         if preset == "standard":
             steps, returns = np.array(SAC["env_step"]) / 1000, np.array(SAC["return"]) / 500
             column[0].plot(steps, returns, color="#d9730d", label="SAC from full state (median)")
