@@ -228,11 +228,13 @@ def check_config(config: Config) -> None:
             f"batch_length {c.batch_length} is longer than an episode of {rows} rows "
             f"(episode_steps {c.episode_steps} / action_repeat {c.action_repeat}, and the reset)"
         )
-    for name in ("prefill", "capacity"):
-        if getattr(c, name) < c.num_envs * c.batch_length:
+    # Of the two episodes that share a full replay, one has a whole sequence if there is room for two.
+    for name, sequences in (("prefill", 1), ("capacity", 2)):
+        least = sequences * c.num_envs * c.batch_length
+        if getattr(c, name) < least:
             raise ValueError(
-                f"{name} {getattr(c, name)} is too small: at least num_envs {c.num_envs} x batch_length "
-                f"{c.batch_length} = {c.num_envs * c.batch_length}"
+                f"{name} {getattr(c, name)} is too small: at least {least}, {sequences} x num_envs {c.num_envs} x "
+                f"batch_length {c.batch_length}"
             )
     # A reset is a row, but no step: a replay must hold the steps that training waits for.
     ring = c.capacity // c.num_envs

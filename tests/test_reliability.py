@@ -1009,7 +1009,7 @@ def test_a_small_full_disk_is_survived(tmp_path):
                             pass
                 return super().step(action)
 
-        code, output = Fork(lambda: faults.train(disk / "run", "--eval_every 1000 --capacity 30", Filling)).finish(120)
+        code, output = Fork(lambda: faults.train(disk / "run", "--eval_every 1000 --capacity 33", Filling)).finish(120)
         assert code == 0, output
         assert output.count("No space left") == 1 and output.count("saved again") == 1, output
         assert newest(disk / "run")["progress"]["step"] == 160
