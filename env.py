@@ -269,13 +269,11 @@ class RebuildingEnv(gymnasium.Wrapper):
 
     def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
         try:
-            image, info = self.env.reset(**kwargs)
-            self._check(image)
+            image, info = self._reset(**kwargs)
         except Exception as error:  # a simulator may raise anything
             self._rebuild()
             try:
-                image, info = self.env.reset(**kwargs)
-                self._check(image)
+                image, info = self._reset(**kwargs)
             except Exception as again:
                 raise BrokenEnv(f"a reset failed in a new environment too: {_describe(again)}") from again
             info = {**info, "env_error": _describe(error)}
@@ -291,6 +289,11 @@ class RebuildingEnv(gymnasium.Wrapper):
             return self._image, 0.0, False, True, {"success": False, "env_error": _describe(error)}
         self._image = image
         return image, reward, terminated, truncated, info
+
+    def _reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        image, info = self.env.reset(**kwargs)
+        self._check(image)
+        return image, info
 
     def _check(self, image: np.ndarray) -> None:
         """Here, because on its way to the replay an image is cast to the space's type, NaNs included."""

@@ -473,7 +473,7 @@ class Run:
 
     def non_finite_gradient(self) -> str:
         """The first gradient with a NaN or infinity, on a new batch; for the message, after which nothing goes on."""
-        batch = self.replay.sample(self.config.batch_size, self.config.batch_length).to(self.device)
+        batch = self.sample()
         for name, gradient in self.agent.gradients(batch, Draws()).items():
             if not gradient.isfinite().all():
                 return f"the gradient of {name}"
@@ -582,6 +582,13 @@ class Run:
         except ValueError as error:
             raise EnvFailure(str(error)) from error
 
+    def sample(self) -> Batch:
+        """A batch from the replay; where no episode there is long enough, the run ends (EnvFailure)."""
+        try:
+            return self.replay.sample(self.config.batch_size, self.config.batch_length).to(self.device)
+        except ValueError as error:
+            raise EnvFailure(f"{error}: the environment ends its episodes earlier") from error
+
     def count_env_errors(self, info: dict) -> np.ndarray:
         """Which environments were rebuilt in this step, (num_envs,); EnvFailure where that happens too often."""
         failed = np.asarray(info.get("_env_error", np.zeros(self.config.num_envs)), bool)
@@ -624,10 +631,7 @@ class Run:
         updates, p.owed = updates + due, p.owed - due * c.train_every
         with self.watch("update"):
             for _ in range(updates):
-                try:
-                    batch = self.replay.sample(c.batch_size, c.batch_length).to(self.device)
-                except ValueError as error:
-                    raise EnvFailure(f"{error}: the environment ends its episodes earlier") from error
+                batch = self.sample()
                 if not self.gradients_checked:
                     self.check_gradients(batch)
                 for name, value in self.agent.train_step(batch).items():
@@ -893,7 +897,7 @@ def is_run_dir(folder: Path) -> bool:
 
 def make_run_dir(run_dir: Path, config: Config, lock: RunLock, resumed: Path | None) -> None:
     """Make the run folder this process's own, and clear what lies in it beyond the checkpoint to go on from."""
-    try:
+    with path_errors(f"run_dir {run_dir} can't be used"):
         run_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire()
         remove_leftovers(run_dir)
@@ -909,8 +913,6 @@ def make_run_dir(run_dir: Path, config: Config, lock: RunLock, resumed: Path | N
                 path.rename(aside / path.name)
             print(f"{run_dir} has no checkpoint: starting afresh; what lay there is in {aside}")
         write_file(run_dir / "config.json", json.dumps(dataclasses.asdict(config), indent=2).encode())
-    except OSError as error:
-        raise UserError(f"run_dir {run_dir} can't be used: {error.strerror}") from error
 
 
 def check_same_shapes(run_dir: Path, saved: dict, config: Config) -> None:
@@ -962,11 +964,9 @@ def train_run(config: Config, flags: dict, make_env: MakeEnv) -> int:
         run_dir = pick_run_dir(config)
     device = pick_device(config.device)
     lock = RunLock(run_dir)
-    try:
+    with path_errors(f"run_dir {run_dir} can't be locked"):
         if run_dir.exists():
             lock.acquire()
-    except OSError as error:
-        raise UserError(f"run_dir {run_dir} can't be locked: {error.strerror}") from error
     try:
         return _train_run(config, flags, make_env, run_dir, device, lock)
     finally:

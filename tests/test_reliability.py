@@ -693,20 +693,6 @@ def test_a_reset_that_raises_is_tried_once_more(monkeypatch):
     assert "OSError: not now" in env.reset()[1]["env_error"]
 
 
-@pytest.mark.parametrize("num_envs", [1, 2])
-@pytest.mark.parametrize("seed", [0, run.EVAL_SEED], ids=["training", "evaluation"])
-def test_an_env_that_breaks_for_good_ends_the_run_with_its_state_saved(num_envs, seed, tmp_path, capsys):
-    """A reset that fails twice: exit code 1, one line, and the same command continues."""
-    if (num_envs, seed) == (2, run.EVAL_SEED):
-        return  # the evaluation's environment is in the main process either way
-    flags = f"--num_envs {num_envs} --checkpoint_minutes 60 --steps {200 * num_envs} --prefill {20 * num_envs}"
-    assert faults.train(tmp_path / "run", flags, functools.partial(BreakingEnv, breaks=seed)) == 1
-    error = capsys.readouterr().err
-    assert "a reset failed in a new environment too: OSError: gone" in error and error.count("\n") == 1
-    assert newest(tmp_path / "run")["progress"]["step"] >= 20
-    assert faults.train(tmp_path / "run", flags) == 0
-
-
 class BreakingEnv(FakeEnv):
     """Has a seed whose environment can't be reset a third time, nor those that replace it."""
 
@@ -722,6 +708,20 @@ class BreakingEnv(FakeEnv):
             if type(self).resets > 2:
                 raise OSError("gone")
         return super().reset(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("num_envs", "seed"), [(1, 0), (2, 0), (1, run.EVAL_SEED)], ids=["training", "in a worker", "evaluation"]
+)
+def test_an_env_that_breaks_for_good_ends_the_run_with_its_state_saved(num_envs, seed, tmp_path, capsys, monkeypatch):
+    """A reset that fails twice: exit code 1, one line, and the same command continues."""
+    monkeypatch.setattr(BreakingEnv, "resets", 0)
+    flags = f"--num_envs {num_envs} --checkpoint_minutes 60 --steps {200 * num_envs} --prefill {20 * num_envs}"
+    assert faults.train(tmp_path / "run", flags, functools.partial(BreakingEnv, breaks=seed)) == 1
+    error = capsys.readouterr().err
+    assert "a reset failed in a new environment too: OSError: gone" in error and error.count("\n") == 1
+    assert newest(tmp_path / "run")["progress"]["step"] >= 20
+    assert faults.train(tmp_path / "run", flags) == 0
 
 
 def test_gradients_that_differ_from_the_cpus_stop_the_run(tmp_path, monkeypatch, capsys):

@@ -31,7 +31,6 @@ TINY = (
 )
 
 
-SUMMARY = {"eval/return_mean": 0.0, "eval/return_std": 0.0, "eval/success_rate": 0.0, "eval/episodes": 1}
 LONG = "x" * 300  # characters; no file's name may have as many
 
 
@@ -595,6 +594,7 @@ def test_images_of_another_shape_are_refused(tmp_path, capsys):
 def test_a_policy_that_a_full_disk_refused_is_written_later(tmp_path, monkeypatch, capsys):
     """The best evaluation's policy is not lost: the next episode's end tries again."""
     write, refused = run.write_file, []
+    summary = {"eval/return_std": 0.0, "eval/success_rate": 0.0, "eval/episodes": 1}
 
     def full(path, data):
         if path.name == "policy.pt" and len(refused) < 2:
@@ -603,7 +603,7 @@ def test_a_policy_that_a_full_disk_refused_is_written_later(tmp_path, monkeypatc
         write(path, data)
 
     monkeypatch.setattr(run, "write_file", full)
-    monkeypatch.setattr(run.Evaluation, "summary", lambda self: SUMMARY | {"eval/return_mean": -len(refused)})
+    monkeypatch.setattr(run.Evaluation, "summary", lambda self: summary | {"eval/return_mean": -len(refused)})
     assert train(tmp_path / "run") == 0
     assert len(refused) == 2 and capsys.readouterr().out.count("policy.pt can't be written") == 1
     assert (tmp_path / "run/policy.pt").read_bytes() == refused[0] == refused[1]  # the first evaluation's
