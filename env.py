@@ -89,6 +89,7 @@ class RoboSuiteEnv(gymnasium.Env):
     task            a single-arm task of RoboSuite's, or one of yours: defining its class registers it
     robot           a robot with one arm, such as "Panda"
     controller      one of CONTROLLERS: "OSC_POSE" has 7 actions with the gripper, "OSC_POSITION" 4
+    rotation_scale  of how far OSC_POSE turns the hand at a command of 1; at 1, RoboSuite's half a radian a control step
     cameras         names of the model's cameras, whose pictures are stacked as channels in this order
     image_size      height and width in pixels
     control_freq    control steps in a simulated second; must divide the physics rate (500 Hz or 200 Hz)
@@ -116,6 +117,7 @@ class RoboSuiteEnv(gymnasium.Env):
         task: str,
         robot: str,
         controller: str,
+        rotation_scale: float = 1.0,
         cameras: Sequence[str],
         image_size: int,
         control_freq: float,
@@ -130,7 +132,7 @@ class RoboSuiteEnv(gymnasium.Env):
         _check_counts(image_size, action_repeat, episode_steps)
         _check_rates(control_freq, physics_step)
         _check_seed(seed)
-        _check_controller(controller)
+        _check_controller(controller, rotation_scale)
         _check_cameras(cameras)
         mujoco, robosuite = _import_simulator()
         _check_names(task, robot)
@@ -143,7 +145,7 @@ class RoboSuiteEnv(gymnasium.Env):
             self._task = robosuite.make(
                 task,
                 robots=robot,
-                controller_configs=_controller_config(robot, controller),
+                controller_configs=_controller_config(robot, controller, rotation_scale),
                 has_renderer=False,
                 has_offscreen_renderer=False,  # _Renderer says why
                 use_camera_obs=False,
@@ -546,15 +548,18 @@ def _snapshot(model: Any) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(array, array.copy()) for array in arrays if 0 < array.nbytes < RESTORED_BYTES]
 
 
-def _controller_config(robot: str, controller: str) -> dict[str, Any]:
-    """The robot's own configuration, with its arm's controller replaced where another one is asked for."""
+def _controller_config(robot: str, controller: str, rotation_scale: float) -> dict[str, Any]:
+    """The robot's own configuration, but for the arm's controller and how far that turns the hand."""
     from robosuite.controllers import load_composite_controller_config, load_part_controller_config
 
     config = load_composite_controller_config(robot=robot)
     arm = config["body_parts"]["right"]
     if arm["type"] != controller:
         part = load_part_controller_config(default_controller=controller)
-        config["body_parts"]["right"] = part | {"gripper": arm["gripper"]}
+        arm = config["body_parts"]["right"] = part | {"gripper": arm["gripper"]}
+    if rotation_scale != 1:
+        for limit in ("output_max", "output_min"):  # metres in x, y, z, then radians about them
+            arm[limit] = [*arm[limit][:3], *(rotation_scale * radians for radians in arm[limit][3:])]
     return config
 
 
@@ -601,9 +606,13 @@ def _check_cameras(cameras: Sequence[str]) -> None:
         raise ValueError(f"cameras={tuple(cameras)}: one is named twice")
 
 
-def _check_controller(controller: str) -> None:
+def _check_controller(controller: str, rotation_scale: float) -> None:
     if controller not in CONTROLLERS:
         raise ValueError(f"controller={controller!r}: use one of {', '.join(CONTROLLERS)}")
+    if not isinstance(rotation_scale, int | float) or not 0 < rotation_scale <= 1:
+        raise ValueError(f"rotation_scale={rotation_scale!r}: use a number above 0 and at most 1")
+    if rotation_scale != 1 and controller != "OSC_POSE":
+        raise ValueError(f"rotation_scale={rotation_scale:g}: {controller} has no rotations to scale, OSC_POSE has")
 
 
 def _check_names(task: str, robot: str) -> None:

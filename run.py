@@ -102,12 +102,12 @@ MAX_GRADIENT_DEVIATION = 1e-3  # of a GPU's gradients from the CPU's, relative
 # Fits 80 columns: tqdm gives the bar itself what the words leave.
 BAR_FORMAT = "{desc} {percentage:.0f}%|{bar}|{n_fmt}/{total_fmt} {remaining} left, {rate_noinv_fmt}{postfix}"
 ENV_FIELDS = (
-    "task", "robot", "controller", "cameras", "image_size", "control_freq", "action_repeat", "episode_steps",
-    "reward_shaping", "physics_step",
+    "task", "robot", "controller", "rotation_scale", "cameras", "image_size", "control_freq", "action_repeat",
+    "episode_steps", "reward_shaping", "physics_step",
 )  # fmt: skip
 SHAPE_FIELDS = (  # a run that differs in these can't be continued
-    "task", "robot", "controller", "cameras", "image_size", "action_repeat", "cnn_depth", "deter", "hidden", "stoch",
-    "classes", "reward_layers", "reward_units", "discount_layers", "discount_units", "discount_head",
+    "task", "robot", "controller", "rotation_scale", "cameras", "image_size", "action_repeat", "cnn_depth", "deter",
+    "hidden", "stoch", "classes", "reward_layers", "reward_units", "discount_layers", "discount_units", "discount_head",
     "actor_layers", "actor_units", "actor_dist", "value_layers", "value_units",
 )  # fmt: skip
 
@@ -244,6 +244,11 @@ def seed_everything(seed: int) -> None:
 def env_options(config: Config) -> dict:
     """The keywords of `make_env`, seed excepted, of a configuration."""
     return {name: getattr(config, name) for name in ENV_FIELDS}
+
+
+def eval_options(config: Config) -> dict:
+    """The same, of the evaluation's environment: its episodes may be longer or shorter."""
+    return env_options(config) | {"episode_steps": config.eval_steps or config.episode_steps, "seed": EVAL_SEED}
 
 
 def make_envs(config: Config, make_env: MakeEnv) -> VectorEnv:
@@ -702,7 +707,7 @@ class Run:
         c, p = self.config, self.progress
         episodes = c.eval_episodes if p.step < c.steps else LAST_EVALUATION * c.eval_episodes
         if self.eval_env is None:
-            self.eval_env = RebuildingEnv(functools.partial(self.make_env, **env_options(c), seed=EVAL_SEED))
+            self.eval_env = RebuildingEnv(functools.partial(self.make_env, **eval_options(c)))
 
         def each_step(episode: int) -> None:
             note = f"episode {episode + 1}/{episodes}"
@@ -1050,7 +1055,7 @@ def evaluate_run(path: Path, flags: dict, make_env: MakeEnv) -> int:
             raise UserError(
                 f"--eval {path}: there is no {'policy.pt in it' if path.is_dir() else 'such run or policy'}"
             )
-    free = {*ENV_FIELDS, "device", "eval_episodes"} - {*SHAPE_FIELDS}
+    free = {*ENV_FIELDS, "device", "eval_episodes", "eval_steps"} - {*SHAPE_FIELDS, "episode_steps"}
     if fixed := [name for name in flags if name not in free]:
         raise UserError(f"{fixed[0]} {flags[fixed[0]]} can't be chosen with --eval; valid: {', '.join(sorted(free))}")
     try:
@@ -1062,7 +1067,7 @@ def evaluate_run(path: Path, flags: dict, make_env: MakeEnv) -> int:
         raise UserError(str(error)) from error
     device = pick_device(config.device)
     with env_errors():
-        env = make_env(**env_options(config), seed=EVAL_SEED)
+        env = make_env(**eval_options(config))
     result = evaluate(policy.to(device), env, config.eval_episodes, config.action_repeat, device, film=True)
     env.close()
     print(describe(result.summary()))

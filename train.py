@@ -44,6 +44,7 @@ class Config:
     task: str = "Lift"  # any single-arm RoboSuite task
     robot: str = "Panda"
     controller: str = "OSC_POSE"  # 6 dims of hand motion + gripper; OSC_POSITION has 3 + gripper
+    rotation_scale: float = 1.0  # of how far OSC_POSE turns the hand; RoboSuite's 1 is half a radian a control step
     cameras: tuple[str, ...] = ("agentview", "robot0_eye_in_hand")  # stacked as channels, 3 each
     image_size: int = 64  # pixels a side: 64 or 128
     control_freq: float = 20  # Hz, control steps a second of simulated time
@@ -65,6 +66,7 @@ class Config:
     save_replay: bool = True  # keep finished episodes on disk; false: a resume fills the replay anew
     log_every: int = 500  # control steps between metric lines
     eval_every: int = 20_000  # control steps between evaluations
+    eval_steps: int = 0  # control steps an episode of an evaluation; 0: episode_steps
     eval_episodes: int = 10  # of each evaluation; twice as many of the last one, and 20 with --eval
     video_every: int = 20_000  # control steps between videos
     wandb: str = "auto"  # online, offline or disabled; auto: WANDB_MODE, else online with a key and offline without
@@ -184,7 +186,7 @@ CHOICES = {
 MAY_BE_ZERO = {
     "seed", "checkpoint_minutes", "pretrain", "classes", "imagine_starts", "discount", "return_lambda",
     "reward_scale", "discount_scale", "kl_scale", "kl_balance", "kl_free", "actor_entropy", "actor_grad_mix",
-    "actor_entropy_final", "entropy_updates",
+    "actor_entropy_final", "entropy_updates", "eval_steps",
     "model_decay", "actor_decay", "value_decay", "gripper_hold", "replay_focus",
     "reward_layers", "discount_layers", "actor_layers", "value_layers",
 }  # fmt: skip
@@ -222,6 +224,8 @@ def check_config(config: Config) -> None:
         raise ValueError(f"seed {c.seed} is out of range: it must be at most {2**32 - 1}")
     if c.horizon < 2:
         raise ValueError(f"horizon {c.horizon} is out of range: the actor needs at least 2 imagined steps")
+    if c.eval_steps % c.action_repeat:
+        raise ValueError(f"eval_steps {c.eval_steps} is not a multiple of action_repeat {c.action_repeat}")
     rows = c.episode_steps // c.action_repeat + 1
     if rows < c.batch_length:
         raise ValueError(
