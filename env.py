@@ -89,7 +89,7 @@ class RoboSuiteEnv(gymnasium.Env):
     task            a single-arm task of RoboSuite's, or one of yours: defining its class registers it
     robot           a robot with one arm, such as "Panda"
     controller      one of CONTROLLERS: "OSC_POSE" has 7 actions with the gripper, "OSC_POSITION" 4
-    rotation_scale  of how far OSC_POSE turns the hand at a command of 1; at 1, RoboSuite's half a radian a control step
+    rotation_scale  of how far OSC_POSE turns the hand; at 1, RoboSuite's half a radian a control step at most
     cameras         names of the model's cameras, whose pictures are stacked as channels in this order
     image_size      height and width in pixels
     control_freq    control steps in a simulated second; must divide the physics rate (500 Hz or 200 Hz)
@@ -557,7 +557,7 @@ def _controller_config(robot: str, controller: str, rotation_scale: float) -> di
     if arm["type"] != controller:
         part = load_part_controller_config(default_controller=controller)
         arm = config["body_parts"]["right"] = part | {"gripper": arm["gripper"]}
-    if rotation_scale != 1:
+    if controller == "OSC_POSE" and rotation_scale != 1:
         for limit in ("output_max", "output_min"):  # metres in x, y, z, then radians about them
             arm[limit] = [*arm[limit][:3], *(rotation_scale * radians for radians in arm[limit][3:])]
     return config
@@ -611,8 +611,6 @@ def _check_controller(controller: str, rotation_scale: float) -> None:
         raise ValueError(f"controller={controller!r}: use one of {', '.join(CONTROLLERS)}")
     if not isinstance(rotation_scale, int | float) or not 0 < rotation_scale <= 1:
         raise ValueError(f"rotation_scale={rotation_scale!r}: use a number above 0 and at most 1")
-    if rotation_scale != 1 and controller != "OSC_POSE":
-        raise ValueError(f"rotation_scale={rotation_scale:g}: {controller} has no rotations to scale, OSC_POSE has")
 
 
 def _check_names(task: str, robot: str) -> None:

@@ -44,12 +44,12 @@ class Config:
     task: str = "Lift"  # any single-arm RoboSuite task
     robot: str = "Panda"
     controller: str = "OSC_POSE"  # 6 dims of hand motion + gripper; OSC_POSITION has 3 + gripper
-    rotation_scale: float = 1.0  # of how far OSC_POSE turns the hand; RoboSuite's 1 is half a radian a control step
+    rotation_scale: float = 0.1  # of how far OSC_POSE turns the hand; RoboSuite's 1 is half a radian a control step
     cameras: tuple[str, ...] = ("agentview", "robot0_eye_in_hand")  # stacked as channels, 3 each
     image_size: int = 64  # pixels a side: 64 or 128
     control_freq: float = 20  # Hz, control steps a second of simulated time
-    action_repeat: int = 1  # control steps an agent step
-    episode_steps: int = 500  # control steps an episode
+    action_repeat: int = 2  # control steps an agent step
+    episode_steps: int = 200  # control steps an episode
     reward_shaping: bool = True  # dense reward in [0, 1]; false: 1 on success only
     physics_step: float = 0.002  # seconds; 0.005 halves the cost of a step but is not RoboSuite's standard physics
     num_envs: int = 1  # more than one: each in a worker process
@@ -66,7 +66,7 @@ class Config:
     save_replay: bool = True  # keep finished episodes on disk; false: a resume fills the replay anew
     log_every: int = 500  # control steps between metric lines
     eval_every: int = 20_000  # control steps between evaluations
-    eval_steps: int = 0  # control steps an episode of an evaluation; 0: episode_steps
+    eval_steps: int = 500  # control steps an episode of an evaluation; 0: episode_steps
     eval_episodes: int = 10  # of each evaluation; twice as many of the last one, and 20 with --eval
     video_every: int = 20_000  # control steps between videos
     wandb: str = "auto"  # online, offline or disabled; auto: WANDB_MODE, else online with a key and offline without
@@ -76,8 +76,8 @@ class Config:
     prefill: int = 5_000  # agent steps of random actions before training
     pretrain: int = 100  # updates right after the prefill
     train_every: float = 5  # agent steps an update
-    replay_focus: float = 0.0  # share of the sequences from the newest and the best tenth of episodes, half of it each
-    gripper_hold: float = 0.0  # share of training episodes that hold random gripper commands now and then
+    replay_focus: float = 0.5  # share of the sequences from the newest and the best tenth of episodes, half of it each
+    gripper_hold: float = 0.3  # share of training episodes that hold random gripper commands now and then
     batch_size: int = 16  # sequences an update
     batch_length: int = 50  # agent steps a sequence
 
@@ -98,12 +98,12 @@ class Config:
         "discount",
     )  # heads whose loss shapes the latent state
     reward_transform: str = "none"  # tanh squashes the rewards that the model learns
-    reward_scale: float = 1.0  # weight of the reward loss
+    reward_scale: float = 100.0  # weight of the reward loss
     discount_scale: float = 1.0  # weight of the discount loss
     kl_scale: float = 1.0  # weight of the KL loss
     kl_balance: float = 0.8  # share of the KL loss that trains the prior
-    kl_free: float = 1.0  # nats of KL that cost nothing
-    kl_free_avg: bool = True  # free nats of the batch's mean KL; false: of each element's
+    kl_free: float = 0.5  # nats of KL that cost nothing
+    kl_free_avg: bool = False  # free nats of the batch's mean KL; false: of each element's
     decode_fraction: float = 1.0  # share of the frames, drawn anew each update, whose image loss is computed
     model_lr: float = 3e-4
     model_eps: float = 1e-5
@@ -113,7 +113,7 @@ class Config:
     # behaviour
     horizon: int = 15  # imagined agent steps
     imagine_starts: int = 0  # posteriors to imagine from, drawn at random; 0: all
-    discount: float = 0.99  # an agent step
+    discount: float = 0.98  # an agent step
     return_lambda: float = 0.95
     actor_layers: int = 4
     actor_units: int = 400
@@ -121,14 +121,14 @@ class Config:
     trunc_normal_gradient: str = "straight_through"  # as the author's; exact: with the bounds' movement
     actor_grad: str = "dynamics"  # or reinforce, or both
     actor_grad_mix: float = 0.1  # of `both`: share of dynamics
-    actor_entropy: float = 1e-4  # weight of the entropy bonus
-    actor_entropy_final: float = 1e-4  # that it falls to, by an equal factor each update,
-    entropy_updates: int = 0  # over so many updates; 0: it stays as it is
+    actor_entropy: float = 0.05  # weight of the entropy bonus
+    actor_entropy_final: float = 0.003  # that it falls to, by an equal factor each update,
+    entropy_updates: int = 10_000  # over so many updates; 0: it stays as it is
     actor_lr: float = 8e-5
     actor_eps: float = 1e-5
     actor_clip: float = 100.0
     actor_decay: float = 1e-6
-    return_norm: bool = False  # divide the actor's returns by their running 5 - 95 % range where that exceeds 1
+    return_norm: bool = True  # divide the actor's returns by their running 5 - 95 % range where that exceeds 1
     value_layers: int = 4
     value_units: int = 400
     value_lr: float = 8e-5
@@ -141,23 +141,20 @@ class Config:
 
 PRESETS: dict[str, dict] = {
     "standard": {},
-    # A laptop without a GPU: position control at 10 Hz, short episodes, a small model, and the changes that made a
-    # small model learn to grasp (README, departures from the paper).
+    # A laptop without a GPU: position control at 10 Hz, cheaper physics and a small model.
     "cpu": dict(
-        controller="OSC_POSITION", control_freq=10, episode_steps=100, physics_step=0.005, steps=60_000,
-        log_every=500, eval_every=5_000, video_every=10_000,
-        capacity=60_000, prefill=1_000, pretrain=100, train_every=6, replay_focus=0.5, gripper_hold=0.3,
+        controller="OSC_POSITION", control_freq=10, action_repeat=1, episode_steps=100, eval_steps=0,
+        physics_step=0.005, steps=60_000, log_every=500, eval_every=5_000, video_every=10_000,
+        capacity=60_000, prefill=1_000, train_every=6,
         batch_length=25, cnn_depth=16, deter=256, hidden=256, stoch=16, classes=16,
-        reward_layers=2, reward_units=256, discount_head=False, reward_scale=100.0,
-        kl_free=0.5, kl_free_avg=False, decode_fraction=0.5, model_lr=4e-4,
-        imagine_starts=256, discount=0.98, return_norm=True,
-        actor_layers=3, actor_units=256, actor_lr=2e-4,
-        actor_entropy=0.05, actor_entropy_final=0.003, entropy_updates=10_000,
+        reward_layers=2, reward_units=256, discount_head=False, decode_fraction=0.5, model_lr=4e-4,
+        imagine_starts=256, actor_layers=3, actor_units=256, actor_lr=2e-4,
         value_layers=3, value_units=256, value_lr=2e-4,
     ),
     # Everything once, in about half a minute.
     "debug": dict(
-        controller="OSC_POSITION", control_freq=10, episode_steps=30, physics_step=0.005, steps=180,
+        controller="OSC_POSITION", control_freq=10, action_repeat=1, episode_steps=30, eval_steps=0,
+        physics_step=0.005, steps=180,
         checkpoint_minutes=0, log_every=30, eval_every=90, eval_episodes=1, video_every=90,
         capacity=1_000, prefill=60, pretrain=2, train_every=10, batch_size=4, batch_length=10,
         cnn_depth=8, deter=64, hidden=64, stoch=8, classes=8, reward_layers=2, reward_units=64,
@@ -166,8 +163,10 @@ PRESETS: dict[str, dict] = {
     ),
     # The author's dmc_vision numbers; only replay sampling, replay capacity and precision are ours.
     "paper": dict(
-        cameras=("agentview",), action_repeat=2, steps=1_000_000,
-        prefill=1_000, discount_head=False, grad_heads=("decoder", "reward"),
+        cameras=("agentview",), rotation_scale=1.0, episode_steps=500, eval_steps=0, steps=1_000_000,
+        prefill=1_000, replay_focus=0.0, gripper_hold=0.0, discount_head=False, grad_heads=("decoder", "reward"),
+        reward_scale=1.0, kl_free=1.0, kl_free_avg=True, discount=0.99,
+        actor_entropy=1e-4, actor_entropy_final=1e-4, entropy_updates=0, return_norm=False,
     ),
 }  # fmt: skip
 
@@ -192,7 +191,7 @@ MAY_BE_ZERO = {
 }  # fmt: skip
 AT_MOST_ONE = {
     "discount", "return_lambda", "kl_balance", "decode_fraction", "actor_grad_mix", "target_fraction", "gripper_hold",
-    "replay_focus", "model_decay", "actor_decay", "value_decay",
+    "replay_focus", "rotation_scale", "model_decay", "actor_decay", "value_decay",
 }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 #   bash benchmarks/gpu.sh [FOLDER]     results go to FOLDER, ./gpu-results by default
 # Longer training, whose results are small enough to take home:
 #   MINUTES=25 bash benchmarks/gpu.sh
-# LIFT= trains with `standard` but for an action repeat of 2.
+# FLAGS="--seed 1" trains with constants other than those of `standard`.
 # Needs what run.py needs, but neither pytest nor an account.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -26,16 +26,13 @@ step update_eager "$python" benchmarks/update.py --preset standard --updates 20 
 step update_eager_float32 "$python" benchmarks/update.py --preset standard --updates 20 --cuda_graphs false --precision float32
 step update_parts "$python" benchmarks/update.py --preset standard --updates 20 --cuda_graphs false --profile
 step env "$python" benchmarks/env.py
-step loop "$python" benchmarks/loop.py --preset standard --num_envs "$envs" --steps 12000 --log_every 1000
+step loop "$python" benchmarks/loop.py --preset standard --action_repeat 1 --num_envs "$envs" --steps 12000 --log_every 1000
 
 run="$out/run"
-# What the cpu preset learns to lift with; where it works here too, it belongs into `standard`.
-lift="--replay_focus 0.5 --gripper_hold 0.3 --reward_scale 100 --kl_free 0.5 --kl_free_avg false --return_norm true
-    --actor_entropy 0.05 --actor_entropy_final 0.003 --entropy_updates 10000"
-echo "== train: ${MINUTES:-5} minutes of the standard preset with ${LIFT-$lift}"
+echo "== train: ${MINUTES:-5} minutes of the standard preset ${FLAGS-}"
 # shellcheck disable=SC2086  # flags are words
-timeout --signal TERM "$((60 * ${MINUTES:-5}))" "$python" run.py --preset standard --num_envs "$envs" --action_repeat 2 \
-    ${LIFT-$lift} --wandb disabled --run_dir "$run" > "$out/train.txt" 2>&1
+timeout --signal TERM "$((60 * ${MINUTES:-5}))" "$python" run.py --preset standard --num_envs "$envs" ${FLAGS-} \
+    --wandb disabled --run_dir "$run" > "$out/train.txt" 2>&1
 code=$?
 [ $code -eq 0 ] || [ $code -eq 124 ] || { echo "== train FAILED ($code)"; failed=1; }
 tail -n 5 "$out/train.txt"

@@ -52,8 +52,8 @@ def add(run_dir: Path, name: str, hardware: str, commit: str, notes: str) -> Pat
             curve.append({"env_step": row["env_step"], "hours": round(hours, 3)} | point)
     result = {
         "task": config.task, "preset": config.preset, "changed": dict(sorted(changed.items())), "seed": config.seed,
-        "commit": commit, "hardware": hardware, "hours": round(hours, 3), "episode_steps": config.episode_steps,
-        "curve": curve, "notes": notes,
+        "commit": commit, "hardware": hardware, "hours": round(hours, 3),
+        "episode_steps": config.eval_steps or config.episode_steps, "curve": curve, "notes": notes,
     }  # fmt: skip
     path = HERE / f"{config.task.lower()}_{config.preset}_seed{config.seed}_{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")

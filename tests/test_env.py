@@ -185,6 +185,8 @@ def test_make_env_can_be_pickled():
         ({"robot": "Pandas"}, "robot='Pandas': unknown.*Panda.*Sawyer"),
         ({"robot": "Baxter"}, "robot='Baxter': has two arms"),
         ({"controller": "OSC"}, "controller='OSC'.*OSC_POSE"),
+        ({"rotation_scale": 0.0}, "rotation_scale=0.0: .*above 0"),
+        ({"rotation_scale": 1.5}, "rotation_scale=1.5: .*at most 1"),
         ({"cameras": ()}, r"cameras=\(\)"),
         ({"cameras": "agentview"}, "cameras='agentview'"),
         ({"cameras": ("agentview", "agentview")}, "cameras=.*twice"),
@@ -261,6 +263,20 @@ def test_length_reward_and_success_are_those_of_plain_robosuite(lift, plain):
         rewards = [plain.step(action)[1] for _ in range(2)]
         expected.append((sum(rewards), False, step == 11, bool(plain._check_success())))
     assert results == expected
+
+
+@pytest.mark.parametrize("robot", ["Panda", "Sawyer"])
+def test_scaled_rotations_are_smaller_commands_of_the_unscaled_ones(robot):
+    """What `rotation_scale` does is something that the benchmark's own action space can do."""
+    scaled, plain = build(robot=robot, rotation_scale=0.1), build(robot=robot)
+    same = np.array([1, 1, 1, 0.1, 0.1, 0.1, 1])
+    first, second = scaled.reset(seed=5)[0], plain.reset(seed=5)[0]
+    for action in np.random.default_rng(6).uniform(-1, 1, (10, 7)):
+        np.testing.assert_array_equal(first, second)
+        (first, reward, *_), (second, expected, *_) = scaled.step(action), plain.step(action * same)
+        assert reward == pytest.approx(expected, abs=1e-9)
+    assert (plain.step(action)[0] != scaled.step(action)[0]).any()
+    scaled.close(), plain.close()
 
 
 def test_terminated_is_the_tasks_own_end():

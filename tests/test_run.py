@@ -147,6 +147,22 @@ def test_policy_file_acts_in_ones_own_script(debug_run):
     assert steps == config.episode_steps
 
 
+def test_evaluations_have_a_length_of_their_own(tmp_path):
+    """`eval_steps` in training; and with --eval, as the run had it or as the flag says."""
+    assert train(tmp_path / "run", "--eval_steps 34") == 0
+    for name, length in (("episode/length", 20), ("eval/length_mean", 34)):
+        assert {line[name] for line in metrics(tmp_path / "run") if name in line} == {length}
+    built = []
+
+    def make_env(**options):
+        built.append(options["episode_steps"])
+        return FakeEnv(**options)
+
+    for flag in ("", "--eval_steps 16", "--eval_steps 0"):
+        assert run.main(["--eval", str(tmp_path / "run"), "--eval_episodes", "1", *flag.split()], make_env) == 0
+    assert built == [34, 16, 20]
+
+
 def test_eval_repeats_the_evaluation_of_a_run_on_real_robosuite(debug_run, capsys):
     """`--eval RUN` makes the env from the run's own configuration and films the first episode."""
     assert run.main(["--eval", str(debug_run[0]), "--eval_episodes", "1"]) == 0
@@ -337,6 +353,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
         ("--discount nan", ["discount", "nan"]),
         ("--image_size 37", ["image_size", "37", "64, 128"]),
         ("--horizon 0", ["horizon", "0"]),
+        ("--eval_steps 15 --action_repeat 2", ["eval_steps", "15", "multiple", "action_repeat 2"]),
         ("--seed abc", ["seed", "abc", "int"]),
         ("--preset large", ["preset", "large", "standard, cpu, debug, paper"]),
         ("--device tpu", ["device", "tpu", "cuda, mps, cpu"]),
