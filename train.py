@@ -557,6 +557,8 @@ class Optimizer:
         self.eps, self.clip, self.steps = eps, clip, 0
         self.adam = torch.optim.AdamW(self.params, lr, self.BETAS, weight_decay=decay / lr, fused=True)
         self.skipped = torch.zeros((), device=self.params[0].device)
+        # On MPS the kernel neither divides nor skips (github.com/pytorch/pytorch/pull/186360), and says nothing.
+        self.kernel_clips = self.skipped.device.type != "mps"
         self.skipped_in_a_row = torch.zeros_like(self.skipped)  # stays once it is MAX_SKIPPED_IN_A_ROW
 
     def backward(self, loss: Tensor) -> None:
@@ -566,17 +568,22 @@ class Optimizer:
     def step(self) -> Tensor:
         """Descend the gradients and forget them; returns their global norm before clipping."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.params])
-        self.adam.grad_scale = norm.clamp(min=self.clip) / self.clip  # the fused kernel divides by it
-        self.adam.found_inf = 1.0 - norm.isfinite().float()
-        self.skipped += self.adam.found_inf
-        in_a_row = (self.skipped_in_a_row + 1) * self.adam.found_inf
+        found_inf = 1.0 - norm.isfinite().float()
+        self.skipped += found_inf
+        in_a_row = (self.skipped_in_a_row + 1) * found_inf
         self.skipped_in_a_row = torch.where(
             self.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW, in_a_row, MAX_SKIPPED_IN_A_ROW
         )
         self.steps += 1  # skipped ones too: to leave them out the host would have to wait for the device
         for group in self.adam.param_groups:
             group["eps"] = self.eps / math.sqrt(1 - self.BETAS[1] ** self.steps)
-        self.adam.step()
+        if self.kernel_clips:
+            self.adam.grad_scale = norm.clamp(min=self.clip) / self.clip  # the fused kernel divides by it
+            self.adam.found_inf = found_inf
+            self.adam.step()
+        elif not found_inf:  # the host waits
+            torch.nn.utils.clip_grads_with_norm_(self.params, self.clip, norm)
+            self.adam.step()
         self.adam.zero_grad(set_to_none=True)
         return norm
 

@@ -579,10 +579,12 @@ def test_the_weight_of_the_entropy_falls_by_equal_factors():
     assert constant.behavior.entropy_weight.item() == 0.5
 
 
-def test_optimizer_equals_a_plain_loop():
+@pytest.mark.parametrize("kernel_clips", [True, False])
+def test_optimizer_equals_a_plain_loop(kernel_clips):
     """Adam with epsilon before the bias correction, one clipping norm for all parameters and decay apart from lr."""
     module, lr, eps, clip, decay = Numbers(), 1e-2, 1e-4, 5.0, 1e-2
     optimizer = Optimizer(module, lr=lr, eps=eps, clip=clip, decay=decay)
+    optimizer.kernel_clips = kernel_clips  # false as on MPS
     w, m, v = module.flat().double().numpy(), np.zeros(4), np.zeros(4)
     gradients = some_gradients()
     norms = gradients.norm(dim=1)
@@ -605,11 +607,13 @@ def test_decay_does_not_depend_on_the_learning_rate():
         assert torch.allclose(module.flat(), 0.875 * before)
 
 
+@pytest.mark.parametrize("kernel_clips", [True, False])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_non_finite_gradients_are_skipped_and_counted(bad):
+def test_non_finite_gradients_are_skipped_and_counted(bad, kernel_clips):
     """A step with one non-finite gradient changes neither parameters (decay included) nor moments, and is counted."""
     module = Numbers()
     optimizer = Optimizer(module, lr=1e-2, eps=1e-5, clip=1.0, decay=0.125)
+    optimizer.kernel_clips = kernel_clips
     gradients = some_gradients()
     descend(optimizer, module.loss(gradients[0]))
     before, moments = module.flat(), copy.deepcopy(optimizer.adam.state_dict()["state"])
