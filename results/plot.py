@@ -31,7 +31,10 @@ ANCHORS = {
 }
 # RoboSuite's published SAC, which sees the full state: median env steps of five seeds to returns of 500.
 SAC = {"env_step": (120_000, 400_000, 438_000, 648_000, 820_000), "return": (217, 217, 300, 400, 450)}
-TITLES = {"cpu": "cpu preset (10 Hz, 100 steps), up to two cores", "standard": "standard preset (20 Hz)"}
+TITLES = {
+    "cpu": "cpu preset (4 actions, 10 Hz, 100 steps), up to two cores",
+    "standard": "the benchmark's task (7 actions, 20 Hz, 500 steps), one core",
+}
 
 
 def add(run_dir: Path, name: str, hardware: str, commit: str, notes: str) -> Path:
@@ -61,48 +64,58 @@ def add(run_dir: Path, name: str, hardware: str, commit: str, notes: str) -> Pat
 
 
 def draw(path: Path) -> None:
-    """All runs: unchanged presets in colour with their median in bold, those with changed constants in grey."""
-    runs = [json.loads(file.read_text()) for file in sorted(HERE.glob("*.json"))]
-    presets = [preset for preset in TITLES if any(run["preset"] == preset for run in runs)]
-    figure, axes = plt.subplots(2, len(presets), figsize=(5.2 * len(presets), 6), squeeze=False, sharex="col")
-    for column, preset in zip(axes.T, presets, strict=True):
-        mine = [run for run in runs if run["preset"] == preset]
-        by_time = preset == "cpu"
-        for axis, metric in zip(column, ("return_mean", "success_rate"), strict=True):
-            curves = []
-            for run in mine:
-                scale = run["episode_steps"] if metric == "return_mean" else 1
-                x = [60 * p["hours"] if by_time else p["env_step"] / 1000 for p in run["curve"]]
-                y = [p[metric] / scale for p in run["curve"]]
-                tried = bool(run["changed"])
-                label = "constants changed" if tried else "preset as it is"
-                labelled = label in axis.get_legend_handles_labels()[1]
-                axis.plot(
-                    x, y, color="0.7" if tried else "#0b6fb8", linewidth=1, zorder=1 if tried else 2,
-                    marker=".", markersize=3, label=None if labelled else label,
-                )  # fmt: skip
-                if not tried:
-                    curves.append((x, y))
-            if len(curves) > 1:
-                grid = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 200)
-                median = np.median([np.interp(grid, x, y) for x, y in curves], 0)
-                axis.plot(grid, median, color="#0b6fb8", linewidth=3, zorder=3, label="median of the seeds")
-            axis.set_ylim(-0.02, 1.02)
-            axis.grid(alpha=0.3)
+    """The cpu preset by the clock: in colour as it is with the median in bold, grey where constants were changed.
+
+    The benchmark's task by control steps, each run with the end of its file's name.
+    """
+    runs = {file.stem: json.loads(file.read_text()) for file in sorted(HERE.glob("*.json"))}
+    figure, axes = plt.subplots(2, 2, figsize=(11, 6), sharex="col")
+    for (returns, successes), preset in zip(axes.T, TITLES, strict=True):
+        chosen = {stem: run for stem, run in runs.items() if run["preset"] == preset}
+        for axis, metric in ((returns, "return_mean"), (successes, "success_rate")):
+            draw_runs(axis, chosen, metric, by_time=preset == "cpu")
         for name, height in ANCHORS[preset].items():
-            column[0].axhline(height, color="0.3", linewidth=0.8, linestyle="--")
-            column[0].annotate(name, (1.01, height), xycoords=("axes fraction", "data"), fontsize=8, va="center")
+            returns.axhline(height, color="0.3", linewidth=0.8, linestyle="--")
+            returns.annotate(name, (1.01, height), xycoords=("axes fraction", "data"), fontsize=8, va="center")
         if preset == "standard":
-            steps, returns = np.array(SAC["env_step"]) / 1000, np.array(SAC["return"]) / 500
-            column[0].plot(steps, returns, color="#d9730d", label="SAC from full state (median)")
-            column[0].legend(loc="lower right", fontsize=8)
-        column[0].set_title(TITLES[preset], fontsize=10)
-        column[0].set_ylabel("return / episode length")
-        column[1].set_ylabel("success rate")
-        column[1].set_xlabel("minutes" if by_time else "thousand control steps")
-        column[1].legend(loc="lower right", fontsize=8)
+            returns.set_xscale("log")
+            reached = [value / 500 for value in SAC["return"]]
+            sac = returns.plot(SAC["env_step"], reached, color="0.3", linewidth=2, label="SAC from full state, median")
+            returns.legend(handles=sac, loc="lower right", fontsize=8)
+        returns.set_title(TITLES[preset], fontsize=10)
+        returns.set_ylabel("return / episode length")
+        successes.set_ylabel("success rate")
+        successes.set_xlabel("minutes" if preset == "cpu" else "control steps")
+    axes[1][0].legend(loc="lower right", fontsize=8)
+    axes[1][1].legend(loc="upper right", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+
+
+def draw_runs(axis: plt.Axes, runs: dict[str, dict], metric: str, by_time: bool) -> None:
+    unchanged = []
+    for stem, run in runs.items():
+        scale = run["episode_steps"] if metric == "return_mean" else 1
+        x = [60 * p["hours"] if by_time else p["env_step"] for p in run["curve"]]
+        y = [p[metric] / scale for p in run["curve"]]
+        if not by_time:
+            seed_and_name = stem.partition("_seed")[2].replace("_", ", ", 1)
+            axis.plot(x, y, linewidth=1.5, marker=".", label=f"seed {seed_and_name}")
+            continue
+        tried = bool(run["changed"])
+        label = "constants changed" if tried else "preset as it is"
+        axis.plot(
+            x, y, color="0.7" if tried else "#0b6fb8", linewidth=1, zorder=1 if tried else 2, marker=".", markersize=3,
+            label=None if label in axis.get_legend_handles_labels()[1] else label,
+        )  # fmt: skip
+        if not tried:
+            unchanged.append((x, y))
+    if len(unchanged) > 1:
+        grid = np.linspace(max(x[0] for x, _ in unchanged), min(x[-1] for x, _ in unchanged), 200)
+        median = np.median([np.interp(grid, x, y) for x, y in unchanged], 0)
+        axis.plot(grid, median, color="#0b6fb8", linewidth=3, zorder=3, label="median of the seeds")
+    axis.set_ylim(-0.02, 1.02)
+    axis.grid(alpha=0.3)
 
 
 def main() -> None:
