@@ -1,7 +1,7 @@
 """The policy: feat -> distribution over actions in [-1, 1] (or one-hot), and those distributions.
 
-Each distribution has `rsample(draws)`, `log_prob(action)`, `entropy(draws)` and `mode`, with gradients as the author's
-TensorFlow code has them. Shapes: raw and action (..., A); log_prob and entropy (...), summed over A.
+Each distribution has `rsample(draws)`, `log_prob(action)`, `entropy(draws)`, `mode` and `mean`, with gradients as the
+author's TensorFlow code has them. Shapes: raw and action (..., A); log_prob and entropy (...), summed over A.
 """
 
 import math
@@ -24,42 +24,47 @@ TRUNC_NORMAL_GRADIENTS = ("straight_through", "exact")
 
 
 class TruncNormal:
-    """Normal with mean tanh(out), std in (0.1, 2.1), cut to [-1, 1] and renormalised there.
+    """Normal around tanh(out), std in (0.1, 2.1), cut to [-1, 1] and renormalised there.
 
-    The gradient of a sample is `straight_through` as in the author's library (da/dmean = 1, da/dstd = (a - mean)/std:
-    the bounds' movement relative to the mean is ignored), or `exact`.
+    The gradient of a sample is `straight_through` as in the author's library (da/dloc = 1, da/dstd = (a - loc)/std:
+    the bounds' movement relative to the middle is ignored), or `exact`.
     """
 
     def __init__(self, out: Tensor, raw_std: Tensor, gradient: str = "straight_through"):
-        self.mean = torch.tanh(out.float())
+        self.loc = torch.tanh(out.float())
         self.std = 2 * (raw_std.float() / 2).sigmoid() + MIN_STD
-        self.low, self.high = (-1 - self.mean) / self.std, (1 - self.mean) / self.std
+        self.low, self.high = (-1 - self.loc) / self.std, (1 - self.loc) / self.std
         self.mass = torch.special.ndtr(self.high) - torch.special.ndtr(self.low)
         self.gradient = gradient
 
     @property
     def mode(self) -> Tensor:
-        return self.mean
+        return self.loc
+
+    @property
+    def mean(self) -> Tensor:
+        """What samples are on average: further inside than the mode, the more so the wider the distribution is."""
+        return self.loc + self.std * (_density(self.low) - _density(self.high)) / self.mass
 
     def rsample(self, draws: Draws) -> Tensor:
-        mean, std = self.mean.detach(), self.std.detach()
-        action = draws.trunc_normal(mean, std).clamp(-1 + SAMPLE_MARGIN, 1 - SAMPLE_MARGIN)
-        dmean, dstd = self.sample_gradients(action)
-        return action + dmean * (self.mean - mean) + dstd * (self.std - std)  # the added terms are zero
+        loc, std = self.loc.detach(), self.std.detach()
+        action = draws.trunc_normal(loc, std).clamp(-1 + SAMPLE_MARGIN, 1 - SAMPLE_MARGIN)
+        dloc, dstd = self.sample_gradients(action)
+        return action + dloc * (self.loc - loc) + dstd * (self.std - std)  # the added terms are zero
 
     def sample_gradients(self, action: Tensor) -> tuple[Tensor, Tensor]:
-        """Derivatives of a sample by mean and std, elementwise."""
+        """Derivatives of a sample by loc and std, elementwise."""
         with torch.no_grad():
-            z = (action - self.mean) / self.std
+            z = (action - self.loc) / self.std
             if self.gradient == "straight_through":
                 return torch.ones_like(z), z
-            # The quantile u of the sample stays fixed while the bounds move with mean and std.
+            # The quantile u of the sample stays fixed while the bounds move with loc and std.
             u = (torch.special.ndtr(z) - torch.special.ndtr(self.low)) / self.mass
             low, high = (1 - u) * _density(self.low), u * _density(self.high)
             return 1 - (low + high) / _density(z), z - (low * self.low + high * self.high) / _density(z)
 
     def log_prob(self, action: Tensor) -> Tensor:
-        z = (action - self.mean) / self.std
+        z = (action - self.loc) / self.std
         return (-0.5 * (z.square() + LOG_2PI) - self.std.log() - self.mass.log()).sum(-1)
 
     def entropy(self, draws: Draws) -> Tensor:
@@ -71,26 +76,28 @@ class TanhNormal:
     """tanh of a normal with mean 5 tanh(out / 5) and std softplus(raw) + 0.1."""
 
     def __init__(self, out: Tensor, raw_std: Tensor):
-        self.mean = TANH_SCALE * torch.tanh(out.float() / TANH_SCALE)
+        self.loc = TANH_SCALE * torch.tanh(out.float() / TANH_SCALE)
         self.std = F.softplus(raw_std.float()) + MIN_STD
 
     @property
     def mode(self) -> Tensor:
-        """tanh of the mean: the median, which stands in for the mode."""
-        return torch.tanh(self.mean)
+        """tanh of the normal's mean: the median, which stands in for the mode, and for the mean."""
+        return torch.tanh(self.loc)
+
+    mean = mode
 
     def rsample(self, draws: Draws) -> Tensor:
-        return torch.tanh(self.mean + self.std * draws.normal(self.mean.detach()))
+        return torch.tanh(self.loc + self.std * draws.normal(self.loc.detach()))
 
     def log_prob(self, action: Tensor) -> Tensor:
         return self._log_prob_before_tanh(torch.atanh(action.clamp(-ATANH_LIMIT, ATANH_LIMIT)))
 
     def entropy(self, draws: Draws) -> Tensor:
-        mean = self.mean.expand(ENTROPY_SAMPLES, *self.mean.shape)
-        return -self._log_prob_before_tanh(mean + self.std * draws.normal(mean.detach())).mean(0)
+        loc = self.loc.expand(ENTROPY_SAMPLES, *self.loc.shape)
+        return -self._log_prob_before_tanh(loc + self.std * draws.normal(loc.detach())).mean(0)
 
     def _log_prob_before_tanh(self, x: Tensor) -> Tensor:
-        z = (x - self.mean) / self.std
+        z = (x - self.loc) / self.std
         log_slope = 2 * (math.log(2) - x - F.softplus(-2 * x))  # log d tanh(x) / dx
         return (-0.5 * (z.square() + LOG_2PI) - self.std.log() - log_slope).sum(-1)
 
@@ -104,6 +111,8 @@ class OneHot:
     @property
     def mode(self) -> Tensor:
         return F.one_hot(self.logit.argmax(-1), self.logit.shape[-1]).to(self.logit.dtype)
+
+    mean = mode  # an action is one of them, not a mixture
 
     def rsample(self, draws: Draws) -> Tensor:
         probs = self.logit.softmax(-1)

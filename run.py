@@ -1055,7 +1055,7 @@ def evaluate_run(path: Path, flags: dict, make_env: MakeEnv) -> int:
             raise UserError(
                 f"--eval {path}: there is no {'policy.pt in it' if path.is_dir() else 'such run or policy'}"
             )
-    free = {*ENV_FIELDS, "device", "eval_episodes", "eval_steps"} - {*SHAPE_FIELDS, "episode_steps"}
+    free = {*ENV_FIELDS, "device", "eval_episodes", "eval_steps", "eval_action"} - {*SHAPE_FIELDS, "episode_steps"}
     if fixed := [name for name in flags if name not in free]:
         raise UserError(f"{fixed[0]} {flags[fixed[0]]} can't be chosen with --eval; valid: {', '.join(sorted(free))}")
     try:

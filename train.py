@@ -67,6 +67,7 @@ class Config:
     log_every: int = 500  # control steps between metric lines
     eval_every: int = 20_000  # control steps between evaluations
     eval_steps: int = 500  # control steps an episode of an evaluation; 0: episode_steps
+    eval_action: str = "mean"  # of the policy's distribution, or mode
     eval_episodes: int = 10  # of each evaluation; twice as many of the last one, and 20 with --eval
     video_every: int = 20_000  # control steps between videos
     wandb: str = "auto"  # online, offline or disabled; auto: WANDB_MODE, else online with a key and offline without
@@ -163,7 +164,8 @@ PRESETS: dict[str, dict] = {
     ),
     # The author's dmc_vision numbers; only replay sampling, replay capacity and precision are ours.
     "paper": dict(
-        cameras=("agentview",), rotation_scale=1.0, episode_steps=500, eval_steps=0, steps=1_000_000,
+        cameras=("agentview",), rotation_scale=1.0, episode_steps=500, eval_steps=0, eval_action="mode",
+        steps=1_000_000,
         prefill=1_000, replay_focus=0.0, gripper_hold=0.0, discount_head=False, grad_heads=("decoder", "reward"),
         reward_scale=1.0, kl_free=1.0, kl_free_avg=True, discount=0.99,
         actor_entropy=1e-4, actor_entropy_final=1e-4, entropy_updates=0, return_norm=False,
@@ -178,6 +180,7 @@ CHOICES = {
     "precision": ("auto", "float32", "bfloat16"),
     "wandb": ("auto", "online", "offline", "disabled"),
     "reward_transform": ("none", "tanh"),
+    "eval_action": ("mean", "mode"),
     "actor_dist": DISTRIBUTIONS,
     "trunc_normal_gradient": TRUNC_NORMAL_GRADIENTS,
     "actor_grad": ("dynamics", "reinforce", "both"),
@@ -495,18 +498,18 @@ class ActState(NamedTuple):
 
 
 class Policy(nn.Module):
-    """The part that acts: encoder, RSSM and actor."""
+    """The part that acts: encoder, RSSM and actor. `eval_action`, mean or mode, is its deterministic action."""
 
-    def __init__(self, encoder: Encoder, rssm: RSSM, actor: Actor):
+    def __init__(self, encoder: Encoder, rssm: RSSM, actor: Actor, eval_action: str):
         super().__init__()
-        self.encoder, self.rssm, self.actor = encoder, rssm, actor
+        self.encoder, self.rssm, self.actor, self.eval_action = encoder, rssm, actor, eval_action
 
     @classmethod
     def build(cls, config: Config, image_shape: tuple[int, int, int], action_size: int) -> "Policy":
         """A freshly initialised policy, for weights that are loaded next."""
         encoder = Encoder(image_shape[1], image_shape[0], config.cnn_depth)
         rssm = build_rssm(config, encoder.embed_size, action_size)
-        return cls(encoder, rssm, build_actor(config, rssm.feat_size, action_size))
+        return cls(encoder, rssm, build_actor(config, rssm.feat_size, action_size), config.eval_action)
 
     def initial(self, batch: int) -> ActState:
         """The state before the first step."""
@@ -519,12 +522,12 @@ class Policy(nn.Module):
     ) -> tuple[Tensor, ActState]:
         """uint8 images (B, C, H, W) and is_first (B,) -> actions (B, A) in [-1, 1] and the next state.
 
-        The latent is drawn from the posterior either way; `deterministic` takes the mode of the action.
+        The latent is drawn from the posterior either way; `deterministic` takes the action's mean or mode.
         """
         state = self.initial(len(image)) if state is None else state
         latent = self.rssm.obs_step(state.latent, self.encoder(preprocess(image)), state.action, is_first, draws)
         dist = self.actor(latent.feat)
-        action = dist.mode if deterministic else dist.rsample(draws)
+        action = getattr(dist, self.eval_action) if deterministic else dist.rsample(draws)
         return action, ActState(latent, action)
 
     def step(self, image: np.ndarray, state: ActState | None = None) -> tuple[np.ndarray, ActState]:
@@ -663,8 +666,8 @@ class Dreamer:
         self.world_model = WorldModel(config, image_shape, action_size).to(self.device)
         feat_size = self.world_model.rssm.feat_size
         self.behavior = Behavior(config, feat_size, action_size).to(self.device)
-        self.policy = Policy(self.world_model.encoder, self.world_model.rssm, self.behavior.actor)
         c = config
+        self.policy = Policy(self.world_model.encoder, self.world_model.rssm, self.behavior.actor, c.eval_action)
         self.model_optimizer = Optimizer(self.world_model, c.model_lr, c.model_eps, c.model_clip, c.model_decay)
         self.actor_optimizer = Optimizer(self.behavior.actor, c.actor_lr, c.actor_eps, c.actor_clip, c.actor_decay)
         self.value_optimizer = Optimizer(self.behavior.value, c.value_lr, c.value_eps, c.value_clip, c.value_decay)

@@ -293,7 +293,7 @@ def compare_imagination(recording: Recording, config: Config, watch: Watch, acto
     if config.actor_dist == "onehot":
         compare("policy_logit", policy.logit)
     else:
-        compare("policy_mean", policy.mean)
+        compare("policy_mean", policy.loc)
         compare("policy_std", policy.std)
     if config.actor_dist == "trunc_normal":
         compare("policy_mode", policy.mode)

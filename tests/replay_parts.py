@@ -117,7 +117,7 @@ def replay_trunc_normal(recording: Recording) -> None:
     raw = out.requires_grad_(), std.requires_grad_()
     dist = TruncNormal(*raw)
     entropy, log_prob = dist.entropy(Replay([])), dist.log_prob(sample.requires_grad_())
-    compare_parts(recording, part, mean=dist.mean, std=dist.std, mode=dist.mode, entropy=entropy)
+    compare_parts(recording, part, mean=dist.loc, std=dist.std, mode=dist.mode, entropy=entropy)
     ours = dist.rsample(Replay([("trunc_normal", sample.detach())]))
     compare_parts(recording, part, sample=ours, log_prob_of_sample=log_prob)
     compare_raw_gradients(recording, f"{part}/grad", (ours * coef).sum(), raw)
@@ -136,9 +136,9 @@ def replay_sample_gradients(recording: Recording, raw: tuple[Tensor, Tensor]) ->
         dist = TruncNormal(*raw, gradient)
         dmean, dstd = dist.sample_gradients(sample)
         compare_parts(recording, part, "gradient", **{f"{name}_dsample_dmean": dmean, f"{name}_dsample_dstd": dstd})
-    compare_parts(recording, part, mean=dist.mean, std=dist.std)
+    compare_parts(recording, part, mean=dist.loc, std=dist.std)
     with mock.patch.object(Tensor, "uniform_", lambda self, generator=None: self.copy_(quantile)):
-        recording.compare(f"{part}/sample", Draws().trunc_normal(dist.mean, dist.std), "forward")
+        recording.compare(f"{part}/sample", Draws().trunc_normal(dist.loc, dist.std), "forward")
 
 
 def replay_tanh_normal(recording: Recording) -> None:
@@ -147,7 +147,7 @@ def replay_tanh_normal(recording: Recording) -> None:
     raw = out.requires_grad_(), std.requires_grad_()
     dist = TanhNormal(*raw)
     ours, log_prob = dist.rsample(Replay([("normal", eps)])), dist.log_prob(recording.array(f"{part}/sample"))
-    compare_parts(recording, part, mean=dist.mean, std=dist.std, sample=ours, log_prob_of_sample=log_prob)
+    compare_parts(recording, part, mean=dist.loc, std=dist.std, sample=ours, log_prob_of_sample=log_prob)
     compare_raw_gradients(recording, f"{part}/grad", (ours * coef).sum(), raw)
 
 

@@ -141,7 +141,7 @@ def sample_with_gradients(gradient: str, uniform: float) -> tuple[Tensor, ...]:
     mean, std = every_pair()
     dist = trunc_normal(mean.requires_grad_(), std.requires_grad_(), gradient)
     action = dist.rsample(Fixed(quantile(torch.tensor(uniform).double(), mean.double(), std.double()).float()))
-    return mean.detach(), std.detach(), action.detach(), *torch.autograd.grad(action.sum(), (dist.mean, dist.std))
+    return mean.detach(), std.detach(), action.detach(), *torch.autograd.grad(action.sum(), (dist.loc, dist.std))
 
 
 @pytest.mark.parametrize("uniform", [0.05, 0.4, 0.7, 0.99])
@@ -185,6 +185,16 @@ def test_tanh_normal_sample_is_reparameterised():
         strict=True,
     ):
         assert torch.allclose(ours, plain, atol=1e-5)
+
+
+def test_means_of_truncated_normals():
+    """The mean is the integral of action times density, between the mode and 0."""
+    mean, std = every_pair()
+    dist, grid = trunc_normal(mean, std), torch.linspace(-1, 1, 20_001)
+    density = dist.log_prob(grid[:, None, None]).double().exp()
+    expected = torch.trapezoid(grid[:, None].double() * density, grid.double(), dim=0)
+    assert torch.allclose(dist.mean.flatten().double(), expected, atol=1e-4)
+    assert (dist.mean.abs() <= dist.mode.abs()).all()
 
 
 def test_modes():

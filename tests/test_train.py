@@ -741,18 +741,19 @@ def test_acting_sees_what_training_sees():
     assert torch.allclose(torch.stack(deter), post.deter, atol=1e-5)
 
 
-def test_actions_in_bounds_and_modes_repeat():
-    """Actions lie in [-1, 1]; deterministic ones are the distribution's mode; own draws leave the global stream."""
-    dreamer = tiny_dreamer(tiny_config())
+@pytest.mark.parametrize("eval_action", ["mean", "mode"])
+def test_actions_in_bounds_and_deterministic_ones_repeat(eval_action):
+    """Actions lie in [-1, 1]; deterministic ones are the mean or the mode; own draws leave the global stream."""
+    dreamer = tiny_dreamer(tiny_config(eval_action=eval_action))
     nn.init.normal_(dreamer.behavior.actor.out.weight, std=3.0)
     image, is_first = random_batch(dreamer.config).image[0], torch.ones(4, dtype=torch.bool)
     before = torch.get_rng_state()
-    modes, state = dreamer.act(image, None, is_first, seeded(1), deterministic=True)
+    certain, state = dreamer.act(image, None, is_first, seeded(1), deterministic=True)
     samples = [dreamer.act(image, None, is_first, seeded(seed))[0] for seed in (1, 1, 2)]
     assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(modes, dreamer.behavior.actor(state.latent.feat).mode)
+    assert torch.equal(certain, getattr(dreamer.behavior.actor(state.latent.feat), eval_action))
     assert torch.equal(samples[0], samples[1]) and not torch.equal(samples[0], samples[2])
-    for action in (modes, *samples):
+    for action in (certain, *samples):
         assert action.shape == (4, ACTION_SIZE) and (action.abs() <= 1).all() and not action.requires_grad
 
 
