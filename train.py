@@ -44,7 +44,7 @@ class Config:
     task: str = "Lift"  # any single-arm RoboSuite task
     robot: str = "Panda"
     controller: str = "OSC_POSE"  # 6 dims of hand motion + gripper; OSC_POSITION has 3 + gripper
-    rotation_scale: float = 0.1  # of how far OSC_POSE turns the hand; RoboSuite's 1 is half a radian a control step
+    rotation_scale: float = 0.02  # of how far OSC_POSE turns the hand; RoboSuite's 1 is half a radian a control step
     cameras: tuple[str, ...] = ("agentview", "robot0_eye_in_hand")  # stacked as channels, 3 each
     image_size: int = 64  # pixels a side: 64 or 128
     control_freq: float = 20  # Hz, control steps a second of simulated time
