@@ -87,7 +87,7 @@ def draw(path: Path) -> None:
         successes.set_ylabel("success rate")
         successes.set_xlabel("minutes" if preset == "cpu" else "control steps")
     axes[1][0].legend(loc="lower right", fontsize=8)
-    axes[1][1].legend(loc="upper right", fontsize=8)
+    axes[1][1].legend(loc="lower right", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 

@@ -41,7 +41,7 @@ def test_a_shipped_policy_acts(name, actions):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lift_cpu", "lift_standard"])
 def test_a_shipped_policy_lifts(name):
-    """On RoboSuite, 20 episodes: success of at least 80 %, a return of at least 0.8 a control step (the README: more)."""
+    """On RoboSuite, 20 episodes: success of at least 80 %, a return of at least 0.8 a step (the README has more)."""
     policy, config = load_policy(RESULTS / f"{name}_policy.pt")
     options = run.eval_options(config)
     env = make_env(**options)
