@@ -102,7 +102,7 @@ def draw_runs(axis: plt.Axes, runs: dict[str, dict], metric: str, by_time: bool)
             seed_and_name = stem.partition("_seed")[2].replace("_", ", ", 1)
             axis.plot(x, y, linewidth=1.5, marker=".", label=f"seed {seed_and_name}")
             continue
-        tried = bool(run["changed"])
+        tried = bool(run["changed"].keys() - {"eval_action"})  # that changes nothing of what is learnt
         label = "constants changed" if tried else "preset as it is"
         axis.plot(
             x, y, color="0.7" if tried else "#0b6fb8", linewidth=1, zorder=1 if tried else 2, marker=".", markersize=3,
