@@ -355,6 +355,10 @@ def policy_file(policy: Policy, config: Config, **about) -> bytes:
     return buffer.getvalue()
 
 
+# What was done before these constants existed, for files that don't name them.
+OLDER_CONSTANTS = {"rotation_scale": 1.0, "eval_steps": 0, "eval_action": "mode"}
+
+
 def load_policy(path: str | Path, device: torch.device | str = "cpu") -> tuple[Policy, Config]:
     """The policy of a `policy.pt` and the configuration that it was trained with.
 
@@ -364,7 +368,7 @@ def load_policy(path: str | Path, device: torch.device | str = "cpu") -> tuple[P
         saved = torch.load(path, map_location=device, weights_only=True)
         if not isinstance(saved, dict):
             raise TypeError("it holds something else")
-        config = Config(**saved["config"])
+        config = Config(**(OLDER_CONSTANTS | saved["config"]))
         policy = Policy.build(config, saved["image_shape"], saved["action_size"])
         policy.load_state_dict(saved["weights"])
     except FileNotFoundError as error:

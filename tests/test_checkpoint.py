@@ -2,6 +2,7 @@
 
 import builtins
 import errno
+import io
 import os
 import random
 import shutil
@@ -15,6 +16,7 @@ import checkpoint
 from buffer import ReplayBuffer, Transition
 from checkpoint import CheckpointError, InUse, ReplayFiles, RunLock, load_checkpoint, save_checkpoint
 from faults import Fork, flip_bit
+from tiny import tiny_config, tiny_dreamer
 
 IMAGE_SHAPE = (3, 2, 2)
 OS_CALLS = ("open", "fsync", "replace", "unlink", "rename", "utime", "mkdir")
@@ -142,6 +144,18 @@ class Payload:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
+
+
+def test_an_older_policy_acts_as_it_did(tmp_path):
+    """A file that doesn't name a newer constant gets what was done before there was one, not today's default."""
+    config = tiny_config()
+    saved = torch.load(io.BytesIO(checkpoint.policy_file(tiny_dreamer(config).policy, config)), weights_only=True)
+    for name in checkpoint.OLDER_CONSTANTS:
+        del saved["config"][name]
+    torch.save(saved, tmp_path / "policy.pt")
+    policy, loaded = checkpoint.load_policy(tmp_path / "policy.pt")
+    assert (loaded.rotation_scale, loaded.eval_steps, loaded.eval_action) == (1.0, 0, "mode")
+    assert policy.eval_action == "mode"
 
 
 def test_no_file_can_run_code(tmp_path):
