@@ -1065,6 +1065,7 @@ def evaluate_run(path: Path, flags: dict, make_env: MakeEnv) -> int:
         check_config(config)
     except (CheckpointError, ValueError) as error:
         raise UserError(str(error)) from error
+    policy.eval_action = config.eval_action
     device = pick_device(config.device)
     with env_errors():
         env = make_env(**eval_options(config))

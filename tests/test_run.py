@@ -163,6 +163,17 @@ def test_evaluations_have_a_length_of_their_own(tmp_path):
     assert built == [34, 16, 20]
 
 
+def test_eval_takes_the_mean_or_the_mode(tmp_path, capsys):
+    """As the run did, or as the flag says."""
+    assert train(tmp_path / "run", "--eval_action mode") == 0
+    printed = []
+    for flag in ("", "--eval_action mode", "--eval_action mean"):
+        capsys.readouterr()
+        assert run.main(["--eval", str(tmp_path / "run"), "--eval_episodes", "2", *flag.split()], FakeEnv) == 0
+        printed.append(capsys.readouterr().out.splitlines()[0])
+    assert printed[0] == printed[1] != printed[2]
+
+
 def test_eval_repeats_the_evaluation_of_a_run_on_real_robosuite(debug_run, capsys):
     """`--eval RUN` makes the env from the run's own configuration and films the first episode."""
     assert run.main(["--eval", str(debug_run[0]), "--eval_episodes", "1"]) == 0
