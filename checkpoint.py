@@ -355,7 +355,7 @@ def policy_file(policy: Policy, config: Config, **about) -> bytes:
     return buffer.getvalue()
 
 
-# What was done before these constants existed, for files that don't name them.
+# What was done before these constants existed, for runs and policies that don't name them.
 OLDER_CONSTANTS = {"rotation_scale": 1.0, "eval_steps": 0, "eval_action": "mode"}
 
 

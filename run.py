@@ -41,6 +41,7 @@ from actor import GripperHold
 from buffer import Batch, ReplayBuffer, Transition
 from checkpoint import (
     LOCK_NAME,
+    OLDER_CONSTANTS,
     CheckpointError,
     InUse,
     ReplayFiles,
@@ -923,7 +924,7 @@ def make_run_dir(run_dir: Path, config: Config, lock: RunLock, resumed: Path | N
 def check_same_shapes(run_dir: Path, saved: dict, config: Config) -> None:
     """Refuse to continue a run with other shapes; say which other constants changed."""
     now = json.loads(json.dumps(dataclasses.asdict(config)))
-    saved = json.loads(json.dumps(saved))
+    saved = OLDER_CONSTANTS | json.loads(json.dumps(saved))
     changed = {name: (saved[name], value) for name, value in now.items() if name in saved and saved[name] != value}
     for name in SHAPE_FIELDS:
         if name in changed:

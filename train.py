@@ -144,8 +144,8 @@ PRESETS: dict[str, dict] = {
     "standard": {},
     # A laptop without a GPU: position control at 10 Hz, cheaper physics and a small model.
     "cpu": dict(
-        controller="OSC_POSITION", control_freq=10, action_repeat=1, episode_steps=100, eval_steps=0,
-        physics_step=0.005, steps=60_000, log_every=500, eval_every=5_000, video_every=10_000,
+        controller="OSC_POSITION", rotation_scale=1.0, control_freq=10, action_repeat=1, episode_steps=100,
+        physics_step=0.005, steps=60_000, log_every=500, eval_every=5_000, eval_steps=0, video_every=10_000,
         capacity=60_000, prefill=1_000, train_every=6,
         batch_length=25, cnn_depth=16, deter=256, hidden=256, stoch=16, classes=16,
         reward_layers=2, reward_units=256, discount_head=False, decode_fraction=0.5, model_lr=4e-4,
@@ -154,9 +154,9 @@ PRESETS: dict[str, dict] = {
     ),
     # Everything once, in about half a minute.
     "debug": dict(
-        controller="OSC_POSITION", control_freq=10, action_repeat=1, episode_steps=30, eval_steps=0,
-        physics_step=0.005, steps=180,
-        checkpoint_minutes=0, log_every=30, eval_every=90, eval_episodes=1, video_every=90,
+        controller="OSC_POSITION", rotation_scale=1.0, control_freq=10, action_repeat=1, episode_steps=30,
+        physics_step=0.005, steps=180, checkpoint_minutes=0,
+        log_every=30, eval_every=90, eval_steps=0, eval_episodes=1, video_every=90,
         capacity=1_000, prefill=60, pretrain=2, train_every=10, batch_size=4, batch_length=10,
         cnn_depth=8, deter=64, hidden=64, stoch=8, classes=8, reward_layers=2, reward_units=64,
         discount_layers=2, discount_units=64, horizon=5, imagine_starts=16,
@@ -164,8 +164,8 @@ PRESETS: dict[str, dict] = {
     ),
     # The author's dmc_vision numbers; only replay sampling, replay capacity and precision are ours.
     "paper": dict(
-        cameras=("agentview",), rotation_scale=1.0, episode_steps=500, eval_steps=0, eval_action="mode",
-        steps=1_000_000,
+        rotation_scale=1.0, cameras=("agentview",), episode_steps=500,
+        steps=1_000_000, eval_steps=0, eval_action="mode",
         prefill=1_000, replay_focus=0.0, gripper_hold=0.0, discount_head=False, grad_heads=("decoder", "reward"),
         reward_scale=1.0, kl_free=1.0, kl_free_avg=True, discount=0.99,
         actor_entropy=1e-4, actor_entropy_final=1e-4, entropy_updates=0, return_norm=False,

@@ -26,6 +26,7 @@ step update_eager "$python" benchmarks/update.py --preset standard --updates 20 
 step update_eager_float32 "$python" benchmarks/update.py --preset standard --updates 20 --cuda_graphs false --precision float32
 step update_parts "$python" benchmarks/update.py --preset standard --updates 20 --cuda_graphs false --profile
 step env "$python" benchmarks/env.py
+# Without the action repeat, so that a control step costs a fifth of an update.
 step loop "$python" benchmarks/loop.py --preset standard --action_repeat 1 --num_envs "$envs" --steps 12000 --log_every 1000
 
 run="$out/run"

@@ -21,7 +21,9 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+from checkpoint import OLDER_CONSTANTS  # noqa: E402
 from logger import read_metrics  # noqa: E402
+from run import eval_options  # noqa: E402
 from train import PRESETS, Config  # noqa: E402
 
 # Share of an episode's largest return. The expert is a script that opens, descends, closes and lifts.
@@ -39,7 +41,7 @@ TITLES = {
 
 def add(run_dir: Path, name: str, hardware: str, commit: str, notes: str) -> Path:
     """Write a run folder's evaluations as results/{task}_{preset}_seed{seed}_{name}.json."""
-    saved = json.loads((run_dir / "config.json").read_text())
+    saved = OLDER_CONSTANTS | json.loads((run_dir / "config.json").read_text())
     names = set(Config.__dataclass_fields__)
     config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in names})
     preset = replace(Config(), **PRESETS[config.preset])
@@ -56,7 +58,7 @@ def add(run_dir: Path, name: str, hardware: str, commit: str, notes: str) -> Pat
     result = {
         "task": config.task, "preset": config.preset, "changed": dict(sorted(changed.items())), "seed": config.seed,
         "commit": commit, "hardware": hardware, "hours": round(hours, 3),
-        "episode_steps": config.eval_steps or config.episode_steps, "curve": curve, "notes": notes,
+        "episode_steps": eval_options(config)["episode_steps"], "curve": curve, "notes": notes,
     }  # fmt: skip
     path = HERE / f"{config.task.lower()}_{config.preset}_seed{config.seed}_{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")

@@ -335,6 +335,16 @@ def test_all_checkpoints_damaged_is_an_error(tmp_path, capsys):
     assert "no checkpoint" in capsys.readouterr().err
 
 
+def test_a_run_from_before_rotations_were_scaled_is_not_continued_with_scaled_ones():
+    """Its replay holds what unscaled commands did."""
+    config = Config()
+    saved = dataclasses.asdict(config)
+    del saved["rotation_scale"]
+    with pytest.raises(run.UserError, match="rotation_scale 0.02 does not fit the run in old, made with 1.0"):
+        run.check_same_shapes(Path("old"), saved, config)
+    run.check_same_shapes(Path("old"), saved, dataclasses.replace(config, rotation_scale=1.0))
+
+
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
     """A pickle with a payload, correctly named, is refused and not executed."""
 
