@@ -6,8 +6,8 @@
 # FLAGS="--seed 1" trains with constants other than those of `standard`.
 # Needs what run.py needs, but neither pytest nor an account.
 set -uo pipefail
+out=$(realpath -m "${1:-gpu-results}")
 cd "$(dirname "$0")/.."
-out=${1:-gpu-results}
 python=${PYTHON:-python3}
 envs=${ENVS:-12}
 mkdir -p "$out"
@@ -32,10 +32,10 @@ step loop "$python" benchmarks/loop.py --preset standard --action_repeat 1 --num
 run="$out/run"
 echo "== train: ${MINUTES:-5} minutes of the standard preset ${FLAGS-}"
 # shellcheck disable=SC2086  # flags are words
-timeout --signal TERM "$((60 * ${MINUTES:-5}))" "$python" run.py --preset standard --num_envs "$envs" ${FLAGS-} \
+timeout --preserve-status --signal TERM "$((60 * ${MINUTES:-5}))" "$python" run.py --preset standard --num_envs "$envs" ${FLAGS-} \
     --wandb disabled --run_dir "$run" > "$out/train.txt" 2>&1
 code=$?
-[ $code -eq 0 ] || [ $code -eq 124 ] || { echo "== train FAILED ($code)"; failed=1; }
+[ $code -eq 0 ] || [ $code -eq 143 ] || { echo "== train FAILED ($code)"; failed=1; }
 tail -n 5 "$out/train.txt"
 rm -rf "$run/replay" "$run"/checkpoint*  # too big to take home; policy.pt, metrics.jsonl and videos stay
 grep -h '^{' "$out"/*.txt

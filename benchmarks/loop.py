@@ -38,7 +38,7 @@ class GPU:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        quiet = ["--wandb", "disabled", "--eval_episodes", "1", "--eval_every", "1000000000"]
+        quiet = ["--wandb", "disabled", "--eval_episodes", "1", "--eval_steps", "60", "--eval_every", "1000000000"]
         command = [sys.executable, str(RUN), *quiet, *sys.argv[1:], "--run_dir", str(run_dir)]
         gpu = GPU() if shutil.which("nvidia-smi") else None
         started = time.perf_counter()
