@@ -190,8 +190,9 @@ class RoboSuiteEnv(gymnasium.Env):
         return renderer.observation(), self._info()
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Holds `action` (A,) for action_repeat control steps; the reward is their sum, the picture the last.
+        """Holds `action` (A,) for action_repeat control steps.
 
+        The reward is their sum, the picture the last; `info["success"]` is whether any of them solved the task.
         Raises ValueError for an action of another shape or with a NaN, ResetNeeded where no episode runs.
         """
         renderer = self._open_renderer()
@@ -200,17 +201,18 @@ class RoboSuiteEnv(gymnasium.Env):
         command = np.asarray(action, dtype=np.float64)
         if command.shape != self.action_space.shape or not np.isfinite(command).all():
             raise ValueError(f"action={action!r}: give {self.action_space.shape[0]} numbers in [-1, 1]")
-        total, terminated = 0.0, False
+        total, terminated, success = 0.0, False, False
         for _ in range(self._action_repeat):
             _, reward, terminated, _ = self._task.step(command)
             total += float(reward)
             self._steps += 1
+            success = success or self._info()["success"]
             if terminated:
                 break
         truncated = self._steps >= self._episode_steps
         if terminated or truncated:
             self._steps = None
-        return renderer.observation(), total, bool(terminated), truncated, self._info()
+        return renderer.observation(), total, bool(terminated), truncated, {"success": success}
 
     def render(self) -> np.ndarray:
         """The whole scene in its full look, for people: uint8 (256, 256, 3)."""
