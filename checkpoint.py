@@ -201,7 +201,7 @@ def global_rngs(device: torch.device) -> dict:
     key = torch.from_numpy(numpy["state"]["key"].astype(np.int64))
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if device.type == "cuda" else [],
+        "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],
         "mps": [torch.mps.get_rng_state()] if device.type == "mps" else [],
         "python": random.getstate(),
         "numpy": numpy | {"state": numpy["state"] | {"key": key}},
@@ -215,7 +215,7 @@ def set_global_rngs(rng: dict, device: torch.device) -> None:
     key = numpy["state"]["key"].numpy().astype(np.uint32)
     np.random.set_state(numpy | {"state": numpy["state"] | {"key": key}})
     if rng["cuda"] and device.type == "cuda":
-        torch.cuda.set_rng_state_all(rng["cuda"])
+        torch.cuda.set_rng_state(rng["cuda"][0], device)
     if rng["mps"] and device.type == "mps":
         torch.mps.set_rng_state(rng["mps"][0])
     torch.set_rng_state(rng["torch"])
@@ -356,7 +356,7 @@ def policy_file(policy: Policy, config: Config, **about) -> bytes:
 
 
 # What was done before these constants existed, for runs and policies that don't name them.
-OLDER_CONSTANTS = {"rotation_scale": 1.0, "eval_steps": 0, "eval_action": "mode"}
+OLDER_CONSTANTS = {"rotation_scale": 1.0, "replay_focus": 0.0, "eval_steps": 0, "eval_action": "mode"}
 
 
 def load_policy(path: str | Path, device: torch.device | str = "cpu") -> tuple[Policy, Config]:

@@ -194,7 +194,8 @@ def parse_config(argv: list[str]) -> tuple[Config, dict, Command]:
         if preset == "auto":
             preset = "cpu" if pick_device(device).type == "cpu" else "standard"
         config = dataclasses.replace(Config(), **{**PRESETS[preset], **flags, "preset": preset})
-        check_config(config)
+        if command.eval is None:  # else the policy's constants decide, with the flags
+            check_config(config)
     except ValueError as error:
         raise UserError(str(error)) from error
     return config, flags, command
@@ -214,7 +215,7 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype | None:
     """The autocast type: bfloat16 where the hardware multiplies it natively, else None for plain float32."""
     if name == "auto":
         if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported()
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
             fast = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
         name = "bfloat16" if fast else "float32"
@@ -422,6 +423,14 @@ class Run:
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(f"{path} does not fit this release or environment: {reason}") from error
 
+    def compare_evaluations(self, saved: dict) -> None:
+        """Where they have changed since the checkpoint's configuration, the search for the best policy starts anew."""
+        saved, names = OLDER_CONSTANTS | saved, (*ENV_FIELDS, "eval_steps", "eval_action")
+        before = dataclasses.replace(self.config, **{name: saved[name] for name in names if name in saved})
+        if (eval_options(before), before.eval_action) != (eval_options(self.config), self.config.eval_action):
+            print("evaluations can't be compared with those before: the next one's policy is the best so far")
+            self.progress.best, self.progress.best_step = -math.inf, -1
+
     def restore(self, state: dict) -> None:
         """Go on from the rest of a checkpoint's state; says what keeps that from being exact."""
         self.totals = {name: total.to(self.device) for name, total in state["totals"].items()}
@@ -458,7 +467,8 @@ class Run:
         except OSError as error:
             self.saver.warn(error)
             return
-        if skipped := self.check_finite():
+        skipped = self.check_finite()
+        if skipped and self.progress.step < self.config.steps:  # at the end there is no later state to save instead
             tqdm.write(f"warning: {skipped} update(s) just skipped for a NaN: the state before that is kept")
         else:
             self.saver.held = self.state()
@@ -926,8 +936,9 @@ def check_same_shapes(run_dir: Path, saved: dict, config: Config) -> None:
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     saved = OLDER_CONSTANTS | json.loads(json.dumps(saved))
     changed = {name: (saved[name], value) for name, value in now.items() if name in saved and saved[name] != value}
+    no_matter = {"rotation_scale"} if config.controller != "OSC_POSE" else set()
     for name in SHAPE_FIELDS:
-        if name in changed:
+        if name in changed and name not in no_matter:
             old, new = changed[name]
             raise UserError(
                 f"{name} {new} does not fit the run in {run_dir}, made with {old}: choose another --run_dir"
@@ -1003,6 +1014,7 @@ def _train_run(
         preflight(run, flags, wandb_mode)
         if state:
             run.load(state, path)
+            run.compare_evaluations(state["config"])
         make_run_dir(run_dir, config, lock, path)
         if state:
             run.restore(state)
@@ -1067,7 +1079,7 @@ def evaluate_run(path: Path, flags: dict, make_env: MakeEnv) -> int:
     except (CheckpointError, ValueError) as error:
         raise UserError(str(error)) from error
     policy.eval_action = config.eval_action
-    device = pick_device(config.device)
+    device = pick_device(flags.get("device", "auto"))
     with env_errors():
         env = make_env(**eval_options(config))
     result = evaluate(policy.to(device), env, config.eval_episodes, config.action_repeat, device, film=True)

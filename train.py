@@ -30,6 +30,9 @@ from image_codec import IMAGE_SIZES, Decoder, Encoder
 from networks import LOG_2PI, Draws, RecordedDraws, discount_head, reward_head, value_head
 from rssm import RSSM, RSSMState, kl_loss
 
+# Float32 means float32: from Ampere on, cuDNN would round what goes into a convolution to the 10 bits of TF32.
+torch.backends.cudnn.allow_tf32 = False
+
 
 @dataclass(frozen=True)
 class Config:

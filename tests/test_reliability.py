@@ -558,6 +558,17 @@ def test_one_nan_in_a_gradient_is_skipped_and_counted(tmp_path, monkeypatch):
     assert metrics(tmp_path / "run")[-2].get("optim/skipped", metrics(tmp_path / "run")[-1].get("optim/skipped")) == 1
 
 
+def test_a_run_ends_well_whose_last_update_was_skipped(tmp_path, monkeypatch, capsys):
+    """R16: nothing comes after it that could be saved instead, and a resume would only repeat it."""
+    assert faults.train(tmp_path / "straight", make_env=NoisyEnv) == 0
+    updates = newest(tmp_path / "straight")["agent"]["updates"]
+    poison(monkeypatch, {updates})
+    assert faults.train(tmp_path / "run", make_env=NoisyEnv) == 0
+    state = newest(tmp_path / "run")
+    assert state["progress"]["step"] == 160 and state["agent"]["model_optimizer"]["skipped"] == 1
+    assert all(value.isfinite().all() for value in state["agent"]["world_model"].values())
+
+
 def test_ten_nans_in_a_row_stop_the_run_and_the_good_checkpoint_stays(tmp_path, monkeypatch, capsys):
     """R16: exit code 1, one line that names a tensor, and nothing saved after the first of them."""
     poison(monkeypatch, range(20, 1000))

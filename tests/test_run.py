@@ -163,6 +163,37 @@ def test_evaluations_have_a_length_of_their_own(tmp_path):
     assert built == [34, 16, 20]
 
 
+def test_evaluations_of_another_kind_do_not_compete_with_earlier_ones(tmp_path, capsys):
+    """A resumed run whose evaluations are shorter must not keep the policy of a longer one for ever."""
+    assert train(tmp_path / "run", "--eval_steps 200") == 0
+    assert newest(tmp_path / "run")["progress"]["best"] > 20
+    assert train(tmp_path / "run", "--eval_steps 20 --steps 200") == 0
+    assert "can't be compared" in capsys.readouterr().out
+    progress, evaluations = newest(tmp_path / "run")["progress"], []
+    for line in metrics(tmp_path / "run"):
+        if line["env_step"] > 100 and "eval/return_mean" in line:
+            evaluations.append((line["eval/return_mean"], line["env_step"]))
+    assert evaluations and (progress["best"], progress["best_step"]) == pytest.approx(max(evaluations), rel=1e-4)
+    assert train(tmp_path / "run", "--eval_steps 20 --steps 240") == 0
+    assert "can't be compared" not in capsys.readouterr().out
+
+
+def test_eval_judges_flags_by_the_policys_constants(tmp_path, monkeypatch, capsys):
+    """Not by the preset that training would have here; and on the device that is here, not the one it was made on."""
+    assert train(tmp_path / "run") == 0
+    monkeypatch.setattr(run, "pick_device", lambda name: torch.device("cpu" if name != "cuda" else "meta"))
+    monkeypatch.setattr(run, "load_policy", lambda path: _on_cuda(checkpoint.load_policy(path)))
+    assert PRESETS["debug"]["action_repeat"] == 1 and Config().action_repeat == 2
+    assert run.main(["--eval", str(tmp_path / "run"), "--eval_episodes", "1", "--eval_steps", "15"], FakeEnv) == 0
+    assert run.main(["--eval", str(tmp_path / "run"), "--eval_episodes", "0"], FakeEnv) == 2
+    assert "eval_episodes 0" in capsys.readouterr().err
+
+
+def _on_cuda(loaded: tuple) -> tuple:
+    policy, config = loaded
+    return policy, dataclasses.replace(config, device="cuda")
+
+
 def test_eval_takes_the_mean_or_the_mode(tmp_path, capsys):
     """As the run did, or as the flag says."""
     assert train(tmp_path / "run", "--eval_action mode") == 0
@@ -343,6 +374,9 @@ def test_a_run_from_before_rotations_were_scaled_is_not_continued_with_scaled_on
     with pytest.raises(run.UserError, match="rotation_scale 0.02 does not fit the run in old, made with 1.0"):
         run.check_same_shapes(Path("old"), saved, config)
     run.check_same_shapes(Path("old"), saved, dataclasses.replace(config, rotation_scale=1.0))
+    run.check_same_shapes(
+        Path("old"), saved | {"controller": "OSC_POSITION"}, dataclasses.replace(config, controller="OSC_POSITION")
+    )  # has no rotations
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
