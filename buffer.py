@@ -188,7 +188,8 @@ class ReplayBuffer:
         if not episodes:
             raise ValueError(f"no episode in replay has {batch_length} rows yet")
         env, start, windows, number, total = map(np.array, zip(*episodes, strict=True))
-        number = np.where(number < 0, number.max() + 1, number)  # a running one is the newest
+        total = np.where(number < 0, -np.inf, total)  # a running one has no return yet
+        number = np.where(number < 0, number.max() + 1, number)  # and is the newest
         part = min(round(self.focus * batch_size / 2), batch_size // 2)
         draws = [
             self._draw(windows * _highest_tenth(number), part),

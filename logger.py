@@ -262,7 +262,7 @@ def _start_wandb(run_dir: Path, config: dict, mode: str, run_id: str):
         config={name: value for name, value in config.items() if name != "run_dir"},
         dir=str(run_dir),
         id=run_id or None,
-        resume="allow" if run_id and mode == "online" else None,
+        resume="allow" if run_id else None,
         settings=wandb.Settings(
             silent=True,
             console="off",

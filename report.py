@@ -270,7 +270,7 @@ def _evaluations(run: RunData, several: bool) -> str:
         cells = "".join(f"<td>{_cell(column, line)}</td>" for column in columns.values())
         rows.append(f"<tr{' class=best' if i == best else ''}>{cells}</tr>")
     head = "".join(f"<th>{title}</th>" for title in columns)
-    note = "<p class=note>Green: the best return, whose policy is kept.</p>"
+    note = "<p class=note>Green: the best return.</p>"
     return f"{name}<table><tr>{head}</tr>{''.join(rows)}</table>{note}"
 
 
@@ -334,14 +334,15 @@ def _plot(panel: Panel, runs: list[RunData]) -> str:
         figure = Figure(figsize=(5.0, 2.7), layout="constrained")
         axes = figure.subplots()
         axes.set_title(panel.title, loc="left", fontsize=10, fontweight="bold", color="#1f2328")
-        several = len(runs) > 1
+        several, named = len(runs) > 1, set()
         for run, i, label, steps, values in curves:
             style = {
                 "color": run.colour if several else COLOURS[i % len(COLOURS)],
                 "linestyle": DASHES[i % len(DASHES)] if several else "-",
                 "linewidth": 1.5,
-                "label": label if run is curves[0][0] or not several else None,
+                "label": None if label in named else label,
             }
+            named.add(label)
             if panel.episodes:
                 axes.plot(steps, values, ".", markersize=4, alpha=0.3, color=style["color"], markeredgewidth=0)
                 steps, values = _running_mean(steps, MEAN_OF), _running_mean(values, MEAN_OF)

@@ -379,6 +379,7 @@ class Run:
         self.stop_signal = 0
         self.totals: dict[str, torch.Tensor] = {}  # sums of training metrics since the last line
         self.updates_since = 0
+        self.timed_from = 0, 0  # step and updates at `logged_at`
         self.watch = Stopwatch()
         self.phase = self.note = ""  # as the bar shows them
         self.last_episodes = ""  # their return and success
@@ -521,6 +522,7 @@ class Run:
         )  # fmt: skip
         self.show(bar, "train" if self.agent.updates and self.replay.steps >= c.prefill else "prefill")
         self.logged_at = self.saver.saved_at = time.monotonic()
+        self.timed_from = p.step, self.agent.updates  # not those of a line that an earlier process began
         with bar:
             while p.step < c.steps:
                 # begin episodes
@@ -697,8 +699,8 @@ class Run:
             bad = ", ".join(name for name, value in metrics.items() if not np.isfinite(value))
             tqdm.write(f"warning: not finite since the last line: {bad}")
         metrics |= {
-            "perf/env_steps_per_s": (p.step - p.logged) / seconds,
-            "perf/updates_per_s": self.updates_since / seconds,
+            "perf/env_steps_per_s": (p.step - self.timed_from[0]) / seconds,
+            "perf/updates_per_s": (self.agent.updates - self.timed_from[1]) / seconds,
             "perf/updates": self.agent.updates,
             "optim/skipped": sum(float(optimizer.skipped) for optimizer in self.agent.optimizers),
             "replay/steps": self.replay.steps,
@@ -711,7 +713,8 @@ class Run:
         metrics |= memory(self.device)
         self.watch.seconds.clear()
         self.logger.scalars(p.step, metrics)
-        self.totals, self.updates_since, self.logged_at, p.logged = {}, 0, now, p.step
+        self.totals, self.updates_since, p.logged = {}, 0, p.step
+        self.logged_at, self.timed_from = now, (p.step, self.agent.updates)
 
     def evaluate(self, film: bool, bar: tqdm) -> None:
         """Evaluate, log what that gives, film if asked, and keep the best policy."""

@@ -245,9 +245,10 @@ def check_config(config: Config) -> None:
                 f"{name} {getattr(c, name)} is too small: at least {least}, {sequences} x num_envs {c.num_envs} x "
                 f"batch_length {c.batch_length}"
             )
-    # A reset is a row, but no step: a replay must hold the steps that training waits for.
+    # A replay must hold the steps that training waits for. No step are the resets, nor the first row that is left of
+    # a half overwritten episode.
     ring = c.capacity // c.num_envs
-    held = c.num_envs * (ring - math.ceil(ring / rows))
+    held = c.num_envs * (ring - math.ceil(ring / rows) - 1)
     if held < c.prefill:
         raise ValueError(f"capacity {c.capacity} is too small: it holds {held} agent steps, prefill is {c.prefill}")
     if c.steps < c.prefill * c.action_repeat:

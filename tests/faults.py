@@ -124,10 +124,13 @@ class Fork:
                     stream.flush()
                 os._exit(code)
         os.close(write)
-        self.output = read
+        self.output, self.status = read, None
 
     def running(self) -> bool:
-        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        if self.status is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self.status = status if ended else None
+        return self.status is None
 
     def finish(self, seconds: float) -> tuple[int, str]:
         """Exit code, or minus the number of the signal that killed it, and output; TimeoutError if it takes longer."""
@@ -146,9 +149,8 @@ class Fork:
                 os.waitpid(self.pid, 0)
                 raise TimeoutError(b"".join(chunks).decode())
             time.sleep(0.02)
-        _, status = os.waitpid(self.pid, 0)
         os.close(self.output)
-        return os.waitstatus_to_exitcode(status), b"".join(chunks).decode()
+        return os.waitstatus_to_exitcode(self.status), b"".join(chunks).decode()
 
 
 def flip_bit(path: Path, bit: int) -> None:

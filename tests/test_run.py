@@ -72,7 +72,8 @@ def debug_run(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     """One `python run.py --preset debug` on real RoboSuite, as a user starts it."""
     run_dir = tmp_path_factory.mktemp("debug run ü") / "run"
     environ = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
-    command = [sys.executable, str(ROOT / "run.py"), "--preset", "debug", "--run_dir", str(run_dir)]
+    environ["NETRC"] = os.devnull  # where `wandb login` leaves its key
+    command = [sys.executable, str(ROOT / "run.py"), "--preset", "debug", "--device", "cpu", "--run_dir", str(run_dir)]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environ, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     return run_dir, done
@@ -424,7 +425,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
         ("--run_dir /proc/run", ["run_dir", "/proc/run"]),
         ("--wandb maybe", ["wandb", "maybe", "offline"]),
         ("--seed 4294967296", ["seed", "4294967296", "4294967295"]),
-        ("--preset debug --capacity 60", ["capacity", "60", "58", "prefill"]),
+        ("--preset debug --capacity 60", ["capacity", "60", "57", "prefill"]),
         (f"--run_dir {LONG}", ["run_dir", "too long"]),
         (f"--eval {LONG}", ["--eval", "too long"]),
         (f"--report {LONG}", ["--report", "too long"]),
