@@ -145,11 +145,9 @@ class Config:
 
 PRESETS: dict[str, dict] = {
     "standard": {},
-    # A laptop without a GPU: position control at 10 Hz, cheaper physics and a small model.
+    # The same task for a laptop without a GPU: a small model, and fewer frames an update.
     "cpu": dict(
-        controller="OSC_POSITION", rotation_scale=1.0, control_freq=10, action_repeat=1, episode_steps=100,
-        physics_step=0.005, steps=60_000, log_every=500, eval_every=5_000, eval_steps=0, video_every=10_000,
-        capacity=60_000, prefill=1_000, train_every=6,
+        steps=100_000, log_every=1_000, eval_every=10_000, capacity=60_000, prefill=1_000, train_every=6,
         batch_length=25, cnn_depth=16, deter=256, hidden=256, stoch=16, classes=16,
         reward_layers=2, reward_units=256, discount_head=False, decode_fraction=0.5, model_lr=4e-4,
         imagine_starts=256, actor_layers=3, actor_units=256, actor_lr=2e-4,
@@ -157,7 +155,7 @@ PRESETS: dict[str, dict] = {
     ),
     # Everything once, in about half a minute.
     "debug": dict(
-        controller="OSC_POSITION", rotation_scale=1.0, control_freq=10, action_repeat=1, episode_steps=30,
+        controller="OSC_POSITION", control_freq=10, action_repeat=1, episode_steps=30,
         physics_step=0.005, steps=180, checkpoint_minutes=0,
         log_every=30, eval_every=90, eval_steps=0, eval_episodes=1, video_every=90,
         capacity=1_000, prefill=60, pretrain=2, train_every=10, batch_size=4, batch_length=10,

@@ -10,6 +10,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,16 +28,11 @@ from run import eval_options  # noqa: E402
 from train import PRESETS, Config  # noqa: E402
 
 # Share of an episode's largest return. The expert is a script that opens, descends, closes and lifts.
-ANCHORS = {
-    "cpu": {"expert\nscript": 0.88, "hovering at\nthe cube,\nat most": 0.444, "random": 0.0075},
-    "standard": {"expert\nscript": 481 / 500, "hovering at\nthe cube,\nat most": 0.444, "random": 0.0075},
-}
+ANCHORS = {"expert\nscript": 481 / 500, "hovering at\nthe cube,\nat most": 0.444, "random": 0.0075}
 # RoboSuite's published SAC, which sees the full state: median env steps of five seeds to returns of 500.
 SAC = {"env_step": (120_000, 400_000, 438_000, 648_000, 820_000), "return": (217, 217, 300, 400, 450)}
-TITLES = {
-    "cpu": "cpu preset (4 actions, 10 Hz, 100 steps), up to two cores",
-    "standard": "the benchmark's task (7 actions, 20 Hz, 500 steps), one core",
-}
+AS_IT_IS, CHANGED, EASIER = "cpu preset as it is", "constants changed", "an easier task (4 actions)"
+COLOURS = {EASIER: "#e3bd74", CHANGED: "0.65", AS_IT_IS: "#0b6fb8"}  # from the bottom to the top
 
 
 def add(run_dir: Path, name: str, hardware: str, commit: str, notes: str) -> Path:
@@ -66,58 +62,66 @@ def add(run_dir: Path, name: str, hardware: str, commit: str, notes: str) -> Pat
 
 
 def draw(path: Path) -> None:
-    """The cpu preset by the clock: in colour as it is with the median in bold, grey where constants were changed.
-
-    The benchmark's task by control steps, each run with the end of its file's name.
-    """
-    runs = {file.stem: json.loads(file.read_text()) for file in sorted(HERE.glob("*.json"))}
-    figure, axes = plt.subplots(2, 2, figsize=(11, 6), sharex="col")
-    for (returns, successes), preset in zip(axes.T, TITLES, strict=True):
-        chosen = {stem: run for stem, run in runs.items() if run["preset"] == preset}
-        for axis, metric in ((returns, "return_mean"), (successes, "success_rate")):
-            draw_runs(axis, chosen, metric, by_time=preset == "cpu")
-        for name, height in ANCHORS[preset].items():
-            returns.axhline(height, color="0.3", linewidth=0.8, linestyle="--")
-            returns.annotate(name, (1.01, height), xycoords=("axes fraction", "data"), fontsize=8, va="center")
-        if preset == "standard":
-            returns.set_xscale("log")
-            reached = [value / 500 for value in SAC["return"]]
-            sac = returns.plot(SAC["env_step"], reached, color="0.3", linewidth=2, label="SAC from full state, median")
-            returns.legend(handles=sac, loc="lower right", fontsize=8)
-        returns.set_title(TITLES[preset], fontsize=10)
-        returns.set_ylabel("return / episode length")
-        successes.set_ylabel("success rate")
-        successes.set_xlabel("minutes" if preset == "cpu" else "control steps")
-    axes[1][0].legend(loc="lower right", fontsize=8)
+    """Left the benchmark's task by control steps, in bold the median of finished seeds; right all runs by the clock."""
+    runs = [json.loads(file.read_text()) for file in sorted(HERE.glob("*.json"))]
+    figure, axes = plt.subplots(2, 2, figsize=(11, 6), sharex="col", sharey=True)
+    for (by_step, by_time), metric in zip(axes, ("return_mean", "success_rate"), strict=True):
+        draw_runs(by_step, [run for run in runs if kind(run) != EASIER], metric, lambda point: point["env_step"])
+        draw_median(by_step, [run for run in runs if kind(run) == AS_IT_IS], metric)
+        draw_runs(by_time, runs, metric, lambda point: 60 * point["hours"])
+    returns, returns_by_time = axes[0]
+    reached = [value / 500 for value in SAC["return"]]
+    returns.plot(SAC["env_step"], reached, color="0.2", linewidth=2, label="SAC from full state, median")
+    returns.set_xscale("log")
+    for name, height in ANCHORS.items():
+        for axis in axes[0]:
+            axis.axhline(height, color="0.3", linewidth=0.8, linestyle="--")
+        returns_by_time.annotate(name, (1.01, height), xycoords=("axes fraction", "data"), fontsize=8, va="center")
+    returns.set_title("the benchmark's task (7 actions, 20 Hz, 500 steps)", fontsize=10)
+    returns_by_time.set_title("by the clock, on one or two cores", fontsize=10)
+    returns.set_ylabel("return / episode length")
+    axes[1][0].set_ylabel("success rate")
+    axes[1][0].set_xlabel("control steps")
+    axes[1][1].set_xlabel("minutes")
+    returns.legend(loc="lower right", fontsize=8)
     axes[1][1].legend(loc="lower right", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 
-def draw_runs(axis: plt.Axes, runs: dict[str, dict], metric: str, by_time: bool) -> None:
-    unchanged = []
-    for stem, run in runs.items():
-        scale = run["episode_steps"] if metric == "return_mean" else 1
-        x = [60 * p["hours"] if by_time else p["env_step"] for p in run["curve"]]
-        y = [p[metric] / scale for p in run["curve"]]
-        if not by_time:
-            seed_and_name = stem.partition("_seed")[2].replace("_", ", ", 1)
-            axis.plot(x, y, linewidth=1.5, marker=".", label=f"seed {seed_and_name}")
-            continue
-        tried = bool(run["changed"].keys() - {"eval_action"})  # that changes nothing of what is learnt
-        label = "constants changed" if tried else "preset as it is"
-        axis.plot(
-            x, y, color="0.7" if tried else "#0b6fb8", linewidth=1, zorder=1 if tried else 2, marker=".", markersize=3,
-            label=None if label in axis.get_legend_handles_labels()[1] else label,
-        )  # fmt: skip
-        if not tried:
-            unchanged.append((x, y))
-    if len(unchanged) > 1:
-        grid = np.linspace(max(x[0] for x, _ in unchanged), min(x[-1] for x, _ in unchanged), 200)
-        median = np.median([np.interp(grid, x, y) for x, y in unchanged], 0)
-        axis.plot(grid, median, color="#0b6fb8", linewidth=3, zorder=3, label="median of the seeds")
+def kind(run: dict) -> str:
+    """AS_IT_IS, CHANGED or EASIER."""
+    if run["changed"].get("controller", "OSC_POSE") != "OSC_POSE":
+        return EASIER
+    # These change nothing of what is learnt by a step.
+    return CHANGED if run["changed"].keys() - {"steps", "eval_action"} else AS_IT_IS
+
+
+def heights(run: dict, metric: str) -> list[float]:
+    scale = run["episode_steps"] if metric == "return_mean" else 1
+    return [point[metric] / scale for point in run["curve"]]
+
+
+def draw_runs(axis: plt.Axes, runs: list[dict], metric: str, x: Callable[[dict], float]) -> None:
+    for name, colour in COLOURS.items():
+        for i, run in enumerate(run for run in runs if kind(run) == name):
+            axis.plot(
+                [x(point) for point in run["curve"]], heights(run, metric),
+                color=colour, linewidth=1, marker=".", markersize=4, label=None if i else name,
+            )  # fmt: skip
     axis.set_ylim(-0.02, 1.02)
     axis.grid(alpha=0.3)
+
+
+def draw_median(axis: plt.Axes, runs: list[dict], metric: str) -> None:
+    """Of the runs that reached the preset's `steps`."""
+    finished = [run for run in runs if run["curve"][-1]["env_step"] >= PRESETS["cpu"]["steps"]]
+    if len(finished) < 2:
+        return
+    curves = [dict(zip([p["env_step"] for p in run["curve"]], heights(run, metric), strict=True)) for run in finished]
+    steps = sorted(set.intersection(*map(set, curves)))
+    median = [np.median([curve[step] for curve in curves]) for step in steps]
+    axis.plot(steps, median, color=COLOURS[AS_IT_IS], linewidth=3, label=f"median of {len(finished)} seeds")
 
 
 def main() -> None:
