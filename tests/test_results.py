@@ -27,22 +27,20 @@ def test_a_result_is_whole(path):
         assert 0 <= point["return_mean"] <= result["episode_steps"]
 
 
-@pytest.mark.parametrize(("name", "actions"), [("lift_cpu", 4), ("lift_standard", 7)])
-def test_a_shipped_policy_acts(name, actions):
+def test_the_shipped_policy_acts():
     """It loads without running code, and gives actions for the images of its own configuration."""
-    policy, config = load_policy(RESULTS / f"{name}_policy.pt")
+    policy, config = load_policy(RESULTS / "lift_cpu_policy.pt")
     image = np.zeros((3 * len(config.cameras), config.image_size, config.image_size), np.uint8)
     action, state = policy.step(image)
     again, _ = policy.step(image, state)
-    assert config.task == "Lift" and action.shape == again.shape == (actions,)
+    assert config.task == "Lift" and action.shape == again.shape == (7,)
     assert (np.abs(action) <= 1).all()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lift_cpu", "lift_standard"])
-def test_a_shipped_policy_lifts(name):
+def test_the_shipped_policy_lifts():
     """On RoboSuite, 20 episodes: success of at least 80 %, a return of at least 0.8 a step (the README has more)."""
-    policy, config = load_policy(RESULTS / f"{name}_policy.pt")
+    policy, config = load_policy(RESULTS / "lift_cpu_policy.pt")
     options = run.eval_options(config)
     env = make_env(**options)
     summary = run.evaluate(policy, env, 20, config.action_repeat, torch.device("cpu"), film=False).summary()
