@@ -769,7 +769,7 @@ class Run:
         frames = open_loop_video(truth.cpu().numpy(), model.float().cpu().numpy(), c.cameras)
         self.logger.video(p.step, "openloop", frames, fps)
         dream = self.agent.dream(Batch(*(x[:CONTEXT] for x in windows)), DREAM_STEPS, draws)
-        image, reward = dream.image.float().cpu().numpy(), dream.reward.cpu().numpy()
+        image, reward = dream.image.float().cpu().numpy(), dream.reward.cpu().numpy() / c.action_repeat
         frames = dream_video(truth[:CONTEXT].cpu().numpy(), image, reward, c.cameras, c.horizon)
         self.logger.video(p.step, "dream", frames, fps)
 

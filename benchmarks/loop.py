@@ -1,6 +1,6 @@
 """Speed of the real training loop: `run.py` from its first line to its last, on real RoboSuite.
 
-    python benchmarks/loop.py --preset cpu --steps 2500
+    python benchmarks/loop.py --preset cpu --steps 6000
 
 Takes run.py's flags. The first half of the metric lines is left out (prefill, pretraining, warm-up). The last line
 is one JSON object: env steps and updates a second, and the busy share of the processors and of an NVIDIA GPU.

@@ -27,12 +27,14 @@ from logger import read_metrics  # noqa: E402
 from run import eval_options  # noqa: E402
 from train import PRESETS, Config  # noqa: E402
 
-# Share of an episode's largest return. The expert is a script that opens, descends, closes and lifts.
+# Share of an episode's largest return. The expert is a script that opens, descends, closes and lifts; 0.88 is what it
+# gets on the easier task.
 ANCHORS = {"expert\nscript": 481 / 500, "hovering at\nthe cube,\nat most": 0.444, "random": 0.0075}
 # RoboSuite's published SAC, which sees the full state: median env steps of five seeds to returns of 500.
 SAC = {"env_step": (120_000, 400_000, 438_000, 648_000, 820_000), "return": (217, 217, 300, 400, 450)}
 AS_IT_IS, CHANGED, EASIER = "cpu preset as it is", "constants changed", "an easier task (4 actions)"
-COLOURS = {EASIER: "#e3bd74", CHANGED: "0.65", AS_IT_IS: "#0b6fb8"}  # from the bottom to the top
+LARGER = "standard preset"
+COLOURS = {EASIER: "#e3bd74", CHANGED: "0.65", LARGER: "#c0392b", AS_IT_IS: "#0b6fb8"}  # from the bottom to the top
 
 
 def add(run_dir: Path, name: str, hardware: str, commit: str, notes: str) -> Path:
@@ -68,7 +70,7 @@ def draw(path: Path) -> None:
     for (by_step, by_time), metric in zip(axes, ("return_mean", "success_rate"), strict=True):
         draw_runs(by_step, [run for run in runs if kind(run) != EASIER], metric, lambda point: point["env_step"])
         draw_median(by_step, [run for run in runs if kind(run) == AS_IT_IS], metric)
-        draw_runs(by_time, runs, metric, lambda point: 60 * point["hours"])
+        draw_runs(by_time, [run for run in runs if kind(run) != LARGER], metric, lambda point: 60 * point["hours"])
     returns, returns_by_time = axes[0]
     reached = [value / 500 for value in SAC["return"]]
     returns.plot(SAC["env_step"], reached, color="0.2", linewidth=2, label="SAC from full state, median")
@@ -78,7 +80,7 @@ def draw(path: Path) -> None:
             axis.axhline(height, color="0.3", linewidth=0.8, linestyle="--")
         returns_by_time.annotate(name, (1.01, height), xycoords=("axes fraction", "data"), fontsize=8, va="center")
     returns.set_title("the benchmark's task (7 actions, 20 Hz, 500 steps)", fontsize=10)
-    returns_by_time.set_title("by the clock, on one or two cores", fontsize=10)
+    returns_by_time.set_title("by the clock, on one or two CPU cores", fontsize=10)
     returns.set_ylabel("return / episode length")
     axes[1][0].set_ylabel("success rate")
     axes[1][0].set_xlabel("control steps")
@@ -90,7 +92,9 @@ def draw(path: Path) -> None:
 
 
 def kind(run: dict) -> str:
-    """AS_IT_IS, CHANGED or EASIER."""
+    """One of COLOURS."""
+    if run["preset"] != "cpu":
+        return LARGER
     if run["changed"].get("controller", "OSC_POSE") != "OSC_POSE":
         return EASIER
     # These change nothing of what is learnt by a step.
@@ -121,7 +125,7 @@ def draw_median(axis: plt.Axes, runs: list[dict], metric: str) -> None:
     curves = [dict(zip([p["env_step"] for p in run["curve"]], heights(run, metric), strict=True)) for run in finished]
     steps = sorted(set.intersection(*map(set, curves)))
     median = [np.median([curve[step] for curve in curves]) for step in steps]
-    axis.plot(steps, median, color=COLOURS[AS_IT_IS], linewidth=3, label=f"median of {len(finished)} seeds")
+    axis.plot(steps, median, color=COLOURS[AS_IT_IS], linewidth=3, label=f"their median ({len(finished)} runs)")
 
 
 def main() -> None:

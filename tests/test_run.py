@@ -138,7 +138,7 @@ def test_debug_run_videos_show_a_picture(debug_run):
 def test_policy_file_acts_in_ones_own_script(debug_run):
     """The README's lines: load policy.pt, act in an environment of one's own."""
     policy, config = checkpoint.load_policy(debug_run[0] / "policy.pt")
-    env = FakeEnv(**run.env_options(config), seed=0)
+    env = FakeEnv(**run.eval_options(config))
     image, _ = env.reset(seed=1)
     state, done, steps = None, False, 0
     while not done:
