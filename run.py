@@ -808,7 +808,7 @@ def preflight(run: Run, flags: dict, wandb_mode: tuple[str, str]) -> None:
     if replaced:
         say(textwrap.fill(f"the preset replaces: {', '.join(replaced)}", 79, subsequent_indent="  "))
     precision = "bfloat16 products, float32 parameters" if agent.autocast_dtype else "float32"
-    threads = f", {torch.get_num_threads()} threads" if run.device.type == "cpu" else ""
+    threads = f", threads: {torch.get_num_threads()}" if run.device.type == "cpu" else ""
     say(f"device {run.device}, {precision}{threads}")
     say(f"task {c.task} with {c.robot}, {c.controller}, {c.num_envs} env(s): image {agent.image_shape}, "
         f"{agent.action_size} actions")  # fmt: skip
