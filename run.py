@@ -939,8 +939,9 @@ def check_same_shapes(run_dir: Path, saved: dict, config: Config) -> None:
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     saved = OLDER_CONSTANTS | json.loads(json.dumps(saved))
     changed = {name: (saved[name], value) for name, value in now.items() if name in saved and saved[name] != value}
+    no_matter = {"rotation_scale"} if config.controller != "OSC_POSE" else set()
     for name in SHAPE_FIELDS:
-        if name in changed:
+        if name in changed and name not in no_matter:
             old, new = changed[name]
             raise UserError(
                 f"{name} {new} does not fit the run in {run_dir}, made with {old}: choose another --run_dir"

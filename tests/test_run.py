@@ -388,6 +388,9 @@ def test_a_run_from_before_rotations_were_scaled_is_not_continued_with_scaled_on
     with pytest.raises(run.UserError, match="rotation_scale 0.02 does not fit the run in old, made with 1.0"):
         run.check_same_shapes(Path("old"), saved, config)
     run.check_same_shapes(Path("old"), saved, dataclasses.replace(config, rotation_scale=1.0))
+    run.check_same_shapes(
+        Path("old"), saved | {"controller": "OSC_POSITION"}, dataclasses.replace(config, controller="OSC_POSITION")
+    )  # has no rotations
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
