@@ -33,8 +33,8 @@ ANCHORS = {"expert\nscript": 481 / 500, "hovering at\nthe cube,\nat most": 0.444
 # RoboSuite's published SAC, which sees the full state: median env steps of five seeds to returns of 500.
 SAC = {"env_step": (120_000, 400_000, 438_000, 648_000, 820_000), "return": (217, 217, 300, 400, 450)}
 AS_IT_IS, CHANGED, EASIER = "cpu preset as it is", "constants changed", "an easier task (4 actions)"
-LARGER = "standard preset"
-COLOURS = {EASIER: "#e3bd74", CHANGED: "0.65", LARGER: "#c0392b", AS_IT_IS: "#0b6fb8"}  # from the bottom to the top
+OTHER = "another preset"
+COLOURS = {EASIER: "#e3bd74", CHANGED: "0.65", OTHER: "#c0392b", AS_IT_IS: "#0b6fb8"}  # from the bottom to the top
 
 
 def add(run_dir: Path, name: str, hardware: str, commit: str, notes: str) -> Path:
@@ -65,12 +65,12 @@ def add(run_dir: Path, name: str, hardware: str, commit: str, notes: str) -> Pat
 
 def draw(path: Path) -> None:
     """Left the benchmark's task by control steps, in bold the median of finished seeds; right all runs by the clock."""
-    runs = [json.loads(file.read_text()) for file in sorted(HERE.glob("*.json"))]
+    runs = [json.loads(file.read_text()) for file in sorted(HERE.glob("lift_*.json"))]
     figure, axes = plt.subplots(2, 2, figsize=(11, 6), sharex="col", sharey=True)
     for (by_step, by_time), metric in zip(axes, ("return_mean", "success_rate"), strict=True):
         draw_runs(by_step, [run for run in runs if kind(run) != EASIER], metric, lambda point: point["env_step"])
         draw_median(by_step, [run for run in runs if kind(run) == AS_IT_IS], metric)
-        draw_runs(by_time, [run for run in runs if kind(run) != LARGER], metric, lambda point: 60 * point["hours"])
+        draw_runs(by_time, [run for run in runs if kind(run) != OTHER], metric, lambda point: 60 * point["hours"])
     returns, returns_by_time = axes[0]
     reached = [value / 500 for value in SAC["return"]]
     returns.plot(SAC["env_step"], reached, color="0.2", linewidth=2, label="SAC from full state, median")
@@ -94,7 +94,7 @@ def draw(path: Path) -> None:
 def kind(run: dict) -> str:
     """One of COLOURS."""
     if run["preset"] != "cpu":
-        return LARGER
+        return OTHER
     if run["changed"].get("controller", "OSC_POSE") != "OSC_POSE":
         return EASIER
     # These change nothing of what is learnt by a step.
@@ -122,8 +122,8 @@ def draw_median(axis: plt.Axes, runs: list[dict], metric: str) -> None:
     finished = [run for run in runs if run["curve"][-1]["env_step"] >= PRESETS["cpu"]["steps"]]
     if len(finished) < 2:
         return
-    curves = [dict(zip([p["env_step"] for p in run["curve"]], heights(run, metric), strict=True)) for run in finished]
-    steps = sorted(set.intersection(*map(set, curves)))
+    curves = [{p["env_step"]: y for p, y in zip(run["curve"], heights(run, metric), strict=True)} for run in finished]
+    steps = sorted(set.intersection(*map(set, curves)))  # at which all of them were evaluated
     median = [np.median([curve[step] for curve in curves]) for step in steps]
     axis.plot(steps, median, color=COLOURS[AS_IT_IS], linewidth=3, label=f"their median ({len(finished)} runs)")
 
