@@ -1,12 +1,12 @@
-"""The policy: feat -> distribution over actions in [-1, 1] (or one-hot), and those distributions.
+"""The policy: feat -> distribution over actions in [-1, 1], and those distributions.
 
-Each distribution has `rsample(draws)`, `log_prob(action)`, `entropy(draws)`, `mode` and `mean`, with gradients as the
-author's TensorFlow code has them. Shapes: raw and action (..., A); log_prob and entropy (...), summed over A.
+Gradients are those of the author's TensorFlow code. Shapes: the legend is in train.py.
 """
 
+import abc
 import math
+from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,23 +19,61 @@ TANH_SCALE = 5.0  # soft limit on the mean before tanh
 ENTROPY_SAMPLES = 100  # a squashed Gaussian has no closed entropy
 ATANH_LIMIT = 0.99999997
 
-DISTRIBUTIONS = ("trunc_normal", "tanh_normal", "onehot")
 TRUNC_NORMAL_GRADIENTS = ("straight_through", "exact")
 
 
-class TruncNormal:
-    """Normal around tanh(out), std in (0.1, 2.1), cut to [-1, 1] and renormalised there.
+class ActionDistribution(abc.ABC):
+    """A distribution over actions (..., A), built from the raw outputs (..., A) of the actor's `layers`."""
 
-    The gradient of a sample is `straight_through` as in the author's library (da/dloc = 1, da/dstd = (a - loc)/std:
-    the bounds' movement relative to the middle is ignored), or `exact`.
+    layers: ClassVar[tuple[str, ...]] = ("out", "std")
+
+    @classmethod
+    def with_sample_gradient(cls, gradient: str) -> "type[ActionDistribution]":
+        """The class whose samples have this gradient, one of TRUNC_NORMAL_GRADIENTS, if it knows more than one."""
+        return cls
+
+    @abc.abstractmethod
+    def __init__(self, *raw: Tensor): ...
+
+    @property
+    @abc.abstractmethod
+    def mode(self) -> Tensor:
+        """The likeliest action (..., A)."""
+
+    @property
+    @abc.abstractmethod
+    def mean(self) -> Tensor:
+        """The action (..., A) that samples are on average."""
+
+    @abc.abstractmethod
+    def rsample(self, draws: Draws) -> Tensor:
+        """A sample (..., A) that carries a gradient to the raw outputs."""
+
+    @abc.abstractmethod
+    def log_prob(self, action: Tensor) -> Tensor:
+        """Log-density of `action` (..., A), summed over A: (...)."""
+
+    @abc.abstractmethod
+    def entropy(self, draws: Draws) -> Tensor:
+        """Entropy in nats, summed over A: (...). `draws` serves distributions that can only estimate it."""
+
+
+class TruncNormal(ActionDistribution):
+    """Normal around tanh(out), std in (0.1, 2.1), cut to [-1, 1] and renormalized there.
+
+    The gradient of a sample is straight-through, as in the author's library: da/dloc = 1, da/dstd = (a - loc)/std.
+    The movement of the bounds relative to the middle is ignored.
     """
 
-    def __init__(self, out: Tensor, raw_std: Tensor, gradient: str = "straight_through"):
+    def __init__(self, out: Tensor, raw_std: Tensor):
         self.loc = torch.tanh(out.float())
         self.std = 2 * (raw_std.float() / 2).sigmoid() + MIN_STD
         self.low, self.high = (-1 - self.loc) / self.std, (1 - self.loc) / self.std
         self.mass = torch.special.ndtr(self.high) - torch.special.ndtr(self.low)
-        self.gradient = gradient
+
+    @classmethod
+    def with_sample_gradient(cls, gradient: str) -> type[ActionDistribution]:
+        return {"straight_through": TruncNormal, "exact": ExactTruncNormal}[gradient]
 
     @property
     def mode(self) -> Tensor:
@@ -43,7 +81,7 @@ class TruncNormal:
 
     @property
     def mean(self) -> Tensor:
-        """What samples are on average: further inside than the mode, the more so the wider the distribution is."""
+        """The mean is further inside than the mode, the more so the wider the distribution is."""
         return self.loc + self.std * (_density(self.low) - _density(self.high)) / self.mass
 
     def rsample(self, draws: Draws) -> Tensor:
@@ -52,16 +90,11 @@ class TruncNormal:
         dloc, dstd = self.sample_gradients(action)
         return action + dloc * (self.loc - loc) + dstd * (self.std - std)  # the added terms are zero
 
+    @torch.no_grad()
     def sample_gradients(self, action: Tensor) -> tuple[Tensor, Tensor]:
-        """Derivatives of a sample by loc and std, elementwise."""
-        with torch.no_grad():
-            z = (action - self.loc) / self.std
-            if self.gradient == "straight_through":
-                return torch.ones_like(z), z
-            # The quantile u of the sample stays fixed while the bounds move with loc and std.
-            u = (torch.special.ndtr(z) - torch.special.ndtr(self.low)) / self.mass
-            low, high = (1 - u) * _density(self.low), u * _density(self.high)
-            return 1 - (low + high) / _density(z), z - (low * self.low + high * self.high) / _density(z)
+        """Derivatives of a sample (..., A) by loc and std, elementwise."""
+        z = (action - self.loc) / self.std
+        return torch.ones_like(z), z
 
     def log_prob(self, action: Tensor) -> Tensor:
         z = (action - self.loc) / self.std
@@ -72,7 +105,19 @@ class TruncNormal:
         return (0.5 * (1 + LOG_2PI) + (self.std * self.mass).log() + bounds).sum(-1)
 
 
-class TanhNormal:
+class ExactTruncNormal(TruncNormal):
+    """The truncated normal whose samples have the gradient of its quantile function."""
+
+    @torch.no_grad()
+    def sample_gradients(self, action: Tensor) -> tuple[Tensor, Tensor]:
+        # The quantile u of the sample stays fixed while the bounds move with loc and std.
+        z = (action - self.loc) / self.std
+        u = (torch.special.ndtr(z) - torch.special.ndtr(self.low)) / self.mass
+        low, high = (1 - u) * _density(self.low), u * _density(self.high)
+        return 1 - (low + high) / _density(z), z - (low * self.low + high * self.high) / _density(z)
+
+
+class TanhNormal(ActionDistribution):
     """tanh of a normal with mean 5 tanh(out / 5) and std softplus(raw) + 0.1."""
 
     def __init__(self, out: Tensor, raw_std: Tensor):
@@ -102,101 +147,36 @@ class TanhNormal:
         return (-0.5 * (z.square() + LOG_2PI) - self.std.log() - log_slope).sum(-1)
 
 
-class OneHot:
-    """One of A discrete actions as a one-hot vector, with straight-through gradients."""
-
-    def __init__(self, logit: Tensor):
-        self.logit = logit.float()
-
-    @property
-    def mode(self) -> Tensor:
-        return F.one_hot(self.logit.argmax(-1), self.logit.shape[-1]).to(self.logit.dtype)
-
-    mean = mode  # an action is one of them, not a mixture
-
-    def rsample(self, draws: Draws) -> Tensor:
-        probs = self.logit.softmax(-1)
-        return draws.onehot(probs.detach()) + (probs - probs.detach())
-
-    def log_prob(self, action: Tensor) -> Tensor:
-        return (action.detach() * self.logit.log_softmax(-1)).sum(-1)
-
-    def entropy(self, draws: Draws) -> Tensor:
-        logp = self.logit.log_softmax(-1)
-        return -(logp.exp() * logp).sum(-1)
-
-
 def _density(z: Tensor) -> Tensor:
     """Of the standard normal."""
     return torch.exp(-0.5 * (z.square() + LOG_2PI))
 
 
-class Actor(nn.Module):
-    """feat (..., F) -> action distribution. `latents` as in `MLP`."""
+DISTRIBUTIONS: dict[str, type[ActionDistribution]] = {"trunc_normal": TruncNormal, "tanh_normal": TanhNormal}
 
-    def __init__(
-        self, *, feat_size: int, action_size: int, layers: int, units: int, dist: str, sample_gradient: str,
-        latents: tuple[int, int] = (0, 0),
-    ):  # fmt: skip
+
+class Actor(nn.Module):
+    """feat (..., F) -> action distribution over (..., A).
+
+    Args:
+        dist: name of the distribution in DISTRIBUTIONS.
+        sample_gradient: one of TRUNC_NORMAL_GRADIENTS; distributions with only one gradient ignore it.
+    """
+
+    def __init__(self, *, feat_size: int, action_size: int, layers: int, units: int, dist: str, sample_gradient: str):
         super().__init__()
-        self.dist, self.sample_gradient = dist, sample_gradient
-        self.mlp = MLP(feat_size, layers, units, latents)
-        self.out = nn.Linear(self.mlp.size, action_size)
-        if dist != "onehot":
-            self.std = nn.Linear(self.mlp.size, action_size)
+        self.action_size = action_size
+        self.distribution = DISTRIBUTIONS[dist].with_sample_gradient(sample_gradient)
+        self.mlp = MLP(feat_size, layers, units)
+        for name in self.distribution.layers:
+            self.add_module(name, nn.Linear(self.mlp.size, action_size))
         self.apply(init_weights)
 
-    def forward(self, feat: Tensor) -> TruncNormal | TanhNormal | OneHot:
+    def forward(self, feat: Tensor) -> ActionDistribution:
+        """(..., F) -> distribution over actions (..., A)."""
         return self.distribution(*self.raw(feat))
 
     def raw(self, feat: Tensor) -> tuple[Tensor, ...]:
-        """The distribution's raw parameters, (..., A) each."""
+        """The raw outputs (..., A) of the distribution's layers; `distribution` takes those of many steps stacked."""
         x = self.mlp(feat)
-        return (self.out(x),) if self.dist == "onehot" else (self.out(x), self.std(x))
-
-    def distribution(self, *raw: Tensor) -> TruncNormal | TanhNormal | OneHot:
-        """The distribution with the raw parameters that `raw` gave, of one step or of many stacked."""
-        if self.dist == "onehot":
-            return OneHot(*raw)
-        if self.dist == "tanh_normal":
-            return TanhNormal(*raw)
-        return TruncNormal(*raw, self.sample_gradient)
-
-
-class GripperHold:
-    """Exploration that now and then holds a random command of the gripper, the last action, for several steps.
-
-    Only the sign of that action counts, and RoboSuite's fingers need about 0.4 s to open or close. Signs drawn anew
-    every step leave them half open, where the cube doesn't fit between them.
-
-    Args:
-        share: of the policy's episodes that are disturbed; of the random actions before training, all are, unless 0.
-        rng: what it draws from. Where a run goes on, its state is all that has to come back.
-    """
-
-    START = 0.1  # chance of a disturbed policy's step to begin a hold
-    STEPS = (4, 13)  # agent steps of a hold
-
-    def __init__(self, share: float, num_envs: int, rng: np.random.Generator):
-        self.share, self.rng = share, rng
-        self.disturbed = np.zeros(num_envs, bool)
-        self.left, self.command = np.zeros(num_envs, int), np.zeros(num_envs)
-
-    def begin(self, env: int) -> None:
-        """An episode of environment `env`."""
-        if self.share:
-            self.disturbed[env], self.left[env] = self.rng.random() < self.share, 0
-
-    def __call__(self, action: np.ndarray, is_random: bool) -> np.ndarray:
-        """Actions (num_envs, A) with the held commands in place of the gripper's own."""
-        if not self.share:
-            return action
-        action = action.copy()
-        for i in range(len(action)):
-            if self.left[i] == 0 and (is_random or (self.disturbed[i] and self.rng.random() < self.START)):
-                self.left[i] = self.rng.integers(*self.STEPS, endpoint=True)
-                self.command[i] = self.rng.choice((-1.0, 1.0))
-            if self.left[i]:
-                self.left[i] -= 1
-                action[i, -1] = self.command[i]
-        return action
+        return tuple(self.get_submodule(name)(x) for name in self.distribution.layers)

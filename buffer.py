@@ -43,6 +43,7 @@ class Batch(NamedTuple):
     is_terminal: Tensor  # (T, B) bool
 
     def to(self, device: torch.device | str) -> "Batch":
+        """The same on another device."""
         # From unpinned memory CUDA has read everything when a copy returns; MPS might still be reading what is freed.
         return Batch(*(x.to(device, non_blocking=torch.device(device).type == "cuda") for x in self))
 
@@ -74,9 +75,15 @@ class ReplayBuffer:
     COLUMNS = ("image", "action", "reward", "is_terminal")
 
     def __init__(
-        self, capacity: int, num_envs: int, image_shape: tuple[int, int, int], action_size: int, seed: int,
-        focus: float = 0.0, device: torch.device | str = "cpu",
-    ):  # fmt: skip
+        self,
+        capacity: int,
+        num_envs: int,
+        image_shape: tuple[int, int, int],
+        action_size: int,
+        seed: int,
+        focus: float = 0.0,
+        device: torch.device | str = "cpu",
+    ):
         self.rows = capacity // num_envs
         total = self.rows * num_envs
         self.image = torch.empty((total, *image_shape), dtype=torch.uint8, device=device)

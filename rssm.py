@@ -6,9 +6,8 @@ A state is a deterministic vector that a GRU carries through time and a stochast
     prior    p(stoch[t] | deter[t])                        the model's guess before it sees image[t]
     post     q(stoch[t] | deter[t], embed[t])              after it has
 
-Shapes: T time, B batch, D deter, S stochastic groups, K classes (K = 0: Gaussian), A action, E embed,
-F = S * max(K, 1) + D. `stats` are the parameters of the stochastic part: logits (..., S, K), or for Gaussian latents
-mean and standard deviation (..., S, 2).
+Shapes: the legend is in train.py. `stats` are the parameters of the stochastic part: logits (..., S, K), or for
+Gaussian latents, whose K is 0, mean and standard deviation (..., S, 2); then F is S + D.
 """
 
 from collections.abc import Callable
@@ -18,15 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from networks import LOG_2PI, Draws, FeatureLinear, init_weights, low_precision
+from networks import LOG_2PI, Draws, init_weights, low_precision
 
 GRU_NORM_EPS = 1e-3  # Keras' default
 GRU_UPDATE_BIAS = -1.0  # keeps the old state at first: sigmoid(-1) = 0.27
 MIN_STD = 0.1  # of Gaussian latents
-USED_NATS, USED_VARIANCE = 0.01, 0.01  # above it, a latent tells something about the image (`RSSM.used`)
 
 
 class RSSMState(NamedTuple):
+    """What the model knows at one step, or at many stacked ones."""
+
     deter: Tensor  # (..., D)
     stoch: Tensor  # (..., S * K), one-hot groups side by side; Gaussian (..., S)
     stats: Tensor  # (..., S, K) logits; Gaussian (..., S, 2) mean and std
@@ -41,6 +41,7 @@ class RSSMState(NamedTuple):
         return RSSMState(*(function(x) for x in self))
 
     def detach(self) -> "RSSMState":
+        """The state without gradient."""
         return self.map(Tensor.detach)
 
 
@@ -76,7 +77,7 @@ class RSSM(nn.Module):
         self.stoch_size = stoch * max(classes, 1)
         self.feat_size = self.stoch_size + deter
         stats = stoch * (classes or 2)
-        self.img_in = FeatureLinear(self.stoch_size + action_size, hidden, stoch, classes)
+        self.img_in = nn.Linear(self.stoch_size + action_size, hidden)
         self.gru = GRUCell(hidden, deter)
         self.img_out = nn.Linear(deter, hidden)
         self.img_dist = nn.Linear(hidden, stats)
@@ -124,11 +125,6 @@ class RSSM(nn.Module):
         post, _ = self.observe(embed[None], action[None], is_first[None], draws, state)
         return post.map(lambda x: x[0])
 
-    def img_step(self, state: RSSMState, action: Tensor, draws: Draws) -> RSSMState:
-        """One step of `imagine`: state (N, ...), action (N, A) -> the next state, drawn from the prior."""
-        states, _, _ = self.imagine(lambda feat: action, state, 1, draws)
-        return states[1]
-
     def imagine(
         self, policy: Callable[[Tensor], Tensor], start: RSSMState, horizon: int, draws: Draws
     ) -> tuple[list[RSSMState], Tensor, Tensor]:
@@ -152,7 +148,7 @@ class RSSM(nn.Module):
         return self._stats(self.img_dist(F.elu(self.img_out(deter))))
 
     def sample(self, stats: Tensor, draws: Draws) -> Tensor:
-        """Draw stoch (..., S * K): straight-through gradients for categories, reparameterised for Gaussians."""
+        """Draw stoch (..., S * K): straight-through gradients for categories, reparameterized for Gaussians."""
         if self.classes:
             probs = stats.softmax(-1)
             onehot = draws.onehot(probs.detach())
@@ -170,19 +166,6 @@ class RSSM(nn.Module):
             logp = stats.log_softmax(-1)
             return -(logp.exp() * logp).sum((-2, -1))
         return (stats[..., 1].log() + 0.5 * (1 + LOG_2PI)).sum(-1)
-
-    def used(self, stats: Tensor) -> Tensor:
-        """Share of the S latents that tell posteriors (T, B, S, ...) of a batch apart: a scalar.
-
-        A categorical does whose mutual information with the batch's frames exceeds 0.01 nats, a Gaussian whose mean
-        varies by more than 0.01 (Burda et al., 2016, count active units so).
-        """
-        if self.classes:
-            probs = stats.softmax(-1)
-            entropy = torch.special.entr(probs).sum(-1).mean((0, 1))
-            information = torch.special.entr(probs.mean((0, 1))).sum(-1) - entropy
-            return (information > USED_NATS).float().mean()
-        return (stats[..., 0].var((0, 1), correction=0) > USED_VARIANCE).float().mean()
 
     def _stats(self, raw: Tensor) -> Tensor:
         raw = raw.float()
@@ -216,13 +199,11 @@ def kl_loss(
 ) -> tuple[Tensor, Tensor]:
     """Balanced KL (DreamerV2, algorithm 2): `balance` of the loss trains the prior, the rest the posterior.
 
-    `free` nats are not penalised: of the mean over all elements if `free_avg`, else of each element. Returns the
-    loss and the plain KL of each element. As in the author's code, a balance of exactly 0.5 means one KL without
-    stopped gradients and with free nats per element.
+    `free` nats are not penalized: of the mean over all elements if `free_avg`, else of each element. Returns the
+    loss, a scalar, and the plain KL of each element, (...) for stats of (..., S, K or 2).
     """
     if balance == 0.5:
-        value = kl(post, prior)
-        return value.clamp(min=free).mean(), value.detach()
+        return plain_kl_loss(kl, post, prior, free=free)
     post_side = kl(post, prior.detach())
     prior_side = kl(post.detach(), prior)
     if free_avg:
@@ -230,3 +211,17 @@ def kl_loss(
     else:
         sides = post_side.clamp(min=free).mean(), prior_side.clamp(min=free).mean()
     return (1 - balance) * sides[0] + balance * sides[1], post_side.detach()
+
+
+# Below is what only the recordings of the author's code need (tests/reference).
+
+
+def plain_kl_loss(
+    kl: Callable[[Tensor, Tensor], Tensor], post: Tensor, prior: Tensor, *, free: float
+) -> tuple[Tensor, Tensor]:
+    """The author's special case of a balance of exactly 0.5: one KL that trains both sides in full.
+
+    Its free nats are those of each element, whatever `free_avg` says. Returns as `kl_loss` does.
+    """
+    value = kl(post, prior)
+    return value.clamp(min=free).mean(), value.detach()

@@ -14,20 +14,19 @@ Nothing here steps an environment, opens a file or prints.
 
 import contextlib
 import copy
-import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from actor import DISTRIBUTIONS, TRUNC_NORMAL_GRADIENTS, Actor
+from actor import ActionDistribution, Actor
 from buffer import Batch
-from image_codec import IMAGE_SIZES, Decoder, Encoder
-from networks import LOG_2PI, Draws, RecordedDraws, discount_head, reward_head, value_head
+from image_codec import Decoder, Encoder
+from networks import LOG_2PI, Bernoulli, Draws, Head, UnitNormal
 from rssm import RSSM, RSSMState, kl_loss
 
 # Float32 means float32: from Ampere on, cuDNN would round what goes into a convolution to the 10 bits of TF32.
@@ -35,246 +34,226 @@ torch.backends.cudnn.allow_tf32 = False
 
 
 @dataclass(frozen=True)
+class Range:
+    """The finite numbers that a constant may be: from `low` (`above` it, if so) to `high`."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+
+
+T = TypeVar("T")
+Fixed = Annotated[T, "fixed"]  # a run keeps it when it is resumed: weights or stored episodes depend on it
+Env = Annotated[T, "env"]  # a keyword of `make_env`
+Count = Annotated[int, Range(1)]
+Whole = Annotated[int, Range(0)]
+Size = Annotated[Count, "fixed"]
+Positive = Annotated[float, Range(0, above=True)]
+Weight = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+PositiveShare = Annotated[float, Range(0, 1, above=True)]
+Heads = tuple[Literal["decoder", "reward", "discount"], ...]
+
+
+@dataclass(frozen=True)
 class Config:
     """The constants of a run. Edit them here, or give any of them as a flag: `python run.py --task Door`.
 
-    These are the preset `standard`; PRESETS below replaces some of them. A flag beats the preset, the preset beats
-    this block. A control step is one action sent to the robot's controller; an agent step is one decision, that is
-    `action_repeat` control steps; an update is one `train_step`.
+    These are the preset `standard`; PRESETS below replaces some of them. A flag beats the preset, and the preset beats
+    this block. A control step is one action sent to the robot's controller; an agent step is one decision, which holds
+    for `action_repeat` control steps; an update is one `train_step`. Each type names the values that are allowed.
     """
 
     # task
-    task: str = "Lift"  # any single-arm RoboSuite task
-    robot: str = "Panda"
-    controller: str = "OSC_POSE"  # 6 dims of hand motion + gripper; OSC_POSITION has 3 + gripper
-    rotation_scale: float = 0.02  # of how far OSC_POSE turns the hand; RoboSuite's 1 is half a radian a control step
-    cameras: tuple[str, ...] = ("agentview", "robot0_eye_in_hand")  # stacked as channels, 3 each
-    image_size: int = 64  # pixels a side: 64 or 128
-    control_freq: float = 20  # Hz, control steps a second of simulated time
-    action_repeat: int = 2  # control steps an agent step
-    episode_steps: int = 200  # control steps an episode
-    reward_shaping: bool = True  # dense reward in [0, 1]; false: 1 on success only
-    physics_step: float = 0.002  # seconds; 0.005 halves the cost of a step but is not RoboSuite's standard physics
-    num_envs: int = 1  # more than one: each in a worker process
+    task: Env[Fixed[str]] = "Lift"  # name of a single-arm RoboSuite task
+    robot: Env[Fixed[str]] = "Panda"  # name of a RoboSuite robot with one arm
+    controller: Env[Fixed[str]] = "OSC_POSE"  # OSC_POSE moves and turns the hand (6 numbers), OSC_POSITION moves it (3)
+    rotation_scale: Env[Fixed[PositiveShare]] = 0.02  # rotation commands of OSC_POSE are multiplied by this number
+    cameras: Env[Fixed[tuple[str, ...]]] = ("agentview", "robot0_eye_in_hand")  # cameras that the agent sees through
+    image_size: Env[Fixed[Literal[64, 128]]] = 64  # height and width of a camera picture, in pixels
+    control_freq: Env[Positive] = 20  # control steps in a second of simulated time
+    action_repeat: Env[Fixed[Count]] = 2  # control steps for which the robot holds each action of the agent
+    episode_steps: Env[Count] = 200  # control steps in a training episode
+    reward_shaping: Env[bool] = True  # give a dense reward in [0, 1]; if false, reward only success
+    physics_step: Env[Positive] = 0.002  # seconds in a physics step: 0.002 is RoboSuite's own, 0.005 costs half as much
+    num_envs: Count = 1  # number of training environments; more than one run in worker processes
 
     # run
-    preset: str = "auto"  # standard, cpu, debug or paper; auto: standard on a GPU, else cpu
-    seed: int = 0
-    steps: int = 500_000  # control steps, prefill included
-    device: str = "auto"  # cuda, mps or cpu; auto takes the first there is
-    precision: str = "auto"  # of matrix products: float32 or bfloat16; auto: bfloat16 where the hardware has it
-    run_dir: str = ""  # empty: runs/{task}_{preset}_{seed}
-    cuda_graphs: bool = True  # on CUDA, launch an update's kernels as two graphs; no effect elsewhere
-    checkpoint_minutes: float = 10  # saved at the first episode end after that many minutes
-    save_replay: bool = True  # keep finished episodes on disk; false: a resume fills the replay anew
-    log_every: int = 500  # control steps between metric lines
-    eval_every: int = 20_000  # control steps between evaluations
-    eval_steps: int = 500  # control steps an episode of an evaluation; 0: episode_steps
-    eval_action: str = "mean"  # of the policy's distribution, or mode
-    eval_episodes: int = 10  # of each evaluation; twice as many of the last one, and 20 with --eval
-    video_every: int = 20_000  # control steps between videos
-    wandb: str = "auto"  # online, offline or disabled; auto: WANDB_MODE, else online with a key and offline without
+    preset: Literal["auto", "standard", "cpu", "debug", "paper"] = "auto"  # auto: standard on a GPU, cpu without one
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0  # seed of every random draw
+    steps: Count = 500_000  # control steps in the whole run, random ones at the start included
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of cuda, mps and cpu that is available
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # matrix products; auto: bfloat16 if the hardware has it
+    run_dir: str = ""  # run folder; empty: runs/{task}_{preset}_{seed}
+    cuda_graphs: bool = True  # launch each half of an update as one CUDA graph (CUDA only)
+    checkpoint_minutes: Weight = 10  # a checkpoint is saved at the first episode end after this many minutes
+    save_replay: bool = True  # keep finished episodes on disk; if false, a resumed run fills its replay anew
+    log_every: Count = 500  # control steps between two lines of training metrics
+    eval_every: Count = 20_000  # control steps between two evaluations
+    eval_steps: Whole = 500  # control steps in an evaluation episode; 0: as many as in a training episode
+    eval_action: Literal["mean", "mode"] = "mean"  # action of an evaluation: mean or mode of the policy's distribution
+    eval_episodes: Count = 10  # episodes in an evaluation; the last one of a run has twice as many
+    video_every: Count = 20_000  # control steps between two sets of videos
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: WANDB_MODE, else online if there is a key
 
     # replay
-    capacity: int = 250_000  # agent steps; 24 KB each at 64 px with two cameras
-    prefill: int = 5_000  # agent steps of random actions before training
-    pretrain: int = 100  # updates right after the prefill
-    train_every: float = 5  # agent steps an update
-    replay_focus: float = 0.5  # share of the sequences from the newest and the best tenth of episodes, half of it each
-    gripper_hold: float = 0.3  # share of training episodes that hold random gripper commands now and then
-    batch_size: int = 16  # sequences an update
-    batch_length: int = 50  # agent steps a sequence
+    capacity: Count = 250_000  # agent steps that the replay holds; each takes 24 KB with two cameras of 64 pixels
+    prefill: Count = 5_000  # agent steps of random actions before the first update
+    pretrain: Whole = 100  # updates made at once after the prefill
+    train_every: Positive = 5  # agent steps between two updates; may be a fraction
+    replay_focus: Share = 0.5  # share of a batch drawn from the newest and the best tenth of episodes, half from each
+    gripper_hold: Share = 0.3  # share of training episodes in which random gripper commands are held now and then
+    batch_size: Count = 16  # sequences in a batch
+    batch_length: Count = 50  # agent steps in a sequence
 
     # world model
-    cnn_depth: int = 48  # channels of the first convolution
-    deter: int = 200  # size of the GRU state
-    hidden: int = 200  # units of the layers around the GRU
-    stoch: int = 32  # categorical latents
-    classes: int = 32  # classes of each; 0: Gaussian latents
-    reward_layers: int = 4
-    reward_units: int = 400
-    discount_layers: int = 4
-    discount_units: int = 400
-    discount_head: bool = True  # learn where episodes end; false: `discount` everywhere
-    grad_heads: tuple[str, ...] = (
-        "decoder",
-        "reward",
-        "discount",
-    )  # heads whose loss shapes the latent state
-    reward_transform: str = "none"  # tanh squashes the rewards that the model learns
-    reward_scale: float = 100.0  # weight of the reward loss
-    discount_scale: float = 1.0  # weight of the discount loss
-    kl_scale: float = 1.0  # weight of the KL loss
-    kl_balance: float = 0.8  # share of the KL loss that trains the prior
-    kl_free: float = 0.5  # nats of KL that cost nothing
-    kl_free_avg: bool = False  # free nats of the batch's mean KL; false: of each element's
-    decode_fraction: float = 1.0  # share of the frames, drawn anew each update, whose image loss is computed
-    model_lr: float = 3e-4
-    model_eps: float = 1e-5
-    model_clip: float = 100.0  # of the gradient's global norm
-    model_decay: float = 1e-6  # each step multiplies all parameters by 1 - decay
+    cnn_depth: Size = 48  # channels of the encoder's first convolution; each later one has twice as many
+    deter: Size = 200  # size of the GRU state
+    hidden: Size = 200  # units of the layers before and after the GRU
+    stoch: Size = 32  # number of stochastic latent variables
+    classes: Fixed[Whole] = 32  # classes of each latent variable; 0: Gaussian latent variables
+    reward_layers: Fixed[Whole] = 4  # hidden layers of the reward head
+    reward_units: Size = 400  # units of each hidden layer of the reward head
+    discount_layers: Fixed[Whole] = 4  # hidden layers of the discount head
+    discount_units: Size = 400  # units of each hidden layer of the discount head
+    discount_head: Fixed[bool] = True  # learn where episodes terminate; if false, the discount is constant
+    grad_heads: Heads = ("decoder", "reward", "discount")  # heads whose gradients shape the latent state
+    reward_transform: Literal["none", "tanh"] = "none"  # tanh: the model learns the tanh of each reward
+    reward_scale: Weight = 100.0  # weight of the reward loss
+    discount_scale: Weight = 1.0  # weight of the discount loss
+    kl_scale: Weight = 1.0  # weight of the KL loss
+    kl_balance: Share = 0.8  # share of the KL loss that trains the prior; the rest trains the posterior
+    kl_free: Weight = 0.5  # nats of KL that are not penalized
+    kl_free_avg: bool = False  # apply kl_free to the mean KL of the batch; if false, to the KL of each state
+    decode_fraction: PositiveShare = 1.0  # share of the frames, drawn anew in each update, that have an image loss
+    model_lr: Positive = 3e-4  # learning rate of the world model
+    model_eps: Positive = 1e-5  # epsilon of the world model's Adam optimizer
+    model_clip: Positive = 100.0  # largest global norm of the world model's gradient
+    model_decay: Share = 1e-6  # each update multiplies the world model's parameters by 1 minus this number
 
-    # behaviour
-    horizon: int = 15  # imagined agent steps
-    imagine_starts: int = 0  # posteriors to imagine from, drawn at random; 0: all
-    discount: float = 0.98  # an agent step
-    return_lambda: float = 0.95
-    actor_layers: int = 4
-    actor_units: int = 400
-    actor_dist: str = "trunc_normal"  # or tanh_normal; onehot for discrete actions
-    trunc_normal_gradient: str = "straight_through"  # as the author's; exact: with the bounds' movement
-    actor_grad: str = "dynamics"  # or reinforce, or both
-    actor_grad_mix: float = 0.1  # of `both`: share of dynamics
-    actor_entropy: float = 0.05  # weight of the entropy bonus
-    actor_entropy_final: float = 0.003  # that it falls to, by an equal factor each update,
-    entropy_updates: int = 10_000  # over so many updates; 0: it stays as it is
-    actor_lr: float = 8e-5
-    actor_eps: float = 1e-5
-    actor_clip: float = 100.0
-    actor_decay: float = 1e-6
-    return_norm: bool = True  # divide the actor's returns by their running 5 - 95 % range where that exceeds 1
-    value_layers: int = 4
-    value_units: int = 400
-    value_lr: float = 8e-5
-    value_eps: float = 1e-5
-    value_clip: float = 100.0
-    value_decay: float = 1e-6
-    target_every: int = 100  # updates between copies of the critic into the target value
-    target_fraction: float = 1.0  # of the critic in such a copy
+    # behavior
+    horizon: Annotated[int, Range(2)] = 15  # agent steps in an imagined rollout
+    imagine_starts: Whole = 0  # states of a batch, drawn at random, from which rollouts start; 0: all of them
+    discount: Share = 0.98  # discount factor of one agent step
+    return_lambda: Share = 0.95  # lambda of the lambda-return
+    actor_layers: Fixed[Whole] = 4  # hidden layers of the actor
+    actor_units: Size = 400  # units of each hidden layer of the actor
+    actor_dist: Fixed[Literal["trunc_normal", "tanh_normal"]] = "trunc_normal"  # distribution of the actions
+    trunc_normal_gradient: Literal["straight_through", "exact"] = "straight_through"  # gradient of trunc_normal samples
+    actor_grad: Literal["dynamics", "reinforce", "both"] = "dynamics"  # how the actor's gradient is estimated
+    actor_grad_mix: Share = 0.1  # share of the dynamics gradient if actor_grad is both
+    actor_entropy: Weight = 0.05  # weight of the entropy bonus in the first update
+    actor_entropy_final: Weight = 0.003  # final weight of the entropy bonus, which falls to it exponentially
+    entropy_updates: Whole = 10_000  # updates in which the entropy weight falls; 0: it stays at actor_entropy
+    actor_lr: Positive = 8e-5  # learning rate of the actor
+    actor_eps: Positive = 1e-5  # epsilon of the actor's Adam optimizer
+    actor_clip: Positive = 100.0  # largest global norm of the actor's gradient
+    actor_decay: Share = 1e-6  # each update multiplies the actor's parameters by 1 minus this number
+    return_norm: bool = True  # divide the actor's returns by their running 5 - 95 % range, if that is above 1
+    value_layers: Fixed[Whole] = 4  # hidden layers of the critic
+    value_units: Size = 400  # units of each hidden layer of the critic
+    value_lr: Positive = 8e-5  # learning rate of the critic
+    value_eps: Positive = 1e-5  # epsilon of the critic's Adam optimizer
+    value_clip: Positive = 100.0  # largest global norm of the critic's gradient
+    value_decay: Share = 1e-6  # each update multiplies the critic's parameters by 1 minus this number
+    target_every: Count = 100  # updates between two moves of the target critic
+    target_fraction: PositiveShare = 1.0  # how far each move takes the target critic towards the critic; 1 copies it
 
 
-PRESETS: dict[str, dict] = {
+# What each preset replaces in the block above.
+PRESETS: dict[str, dict[str, Any]] = {
     "standard": {},
-    # The same task for a laptop without a GPU: a small model, and fewer frames an update.
-    "cpu": dict(
-        steps=100_000, log_every=1_000, eval_every=10_000, capacity=60_000, prefill=1_000, train_every=6,
-        batch_length=25, cnn_depth=16, deter=256, hidden=256, stoch=16, classes=16,
-        reward_layers=2, reward_units=256, discount_head=False, decode_fraction=0.5, model_lr=4e-4,
-        imagine_starts=256, actor_layers=3, actor_units=256, actor_lr=2e-4,
-        value_layers=3, value_units=256, value_lr=2e-4,
-    ),
+    # The same task for a laptop without a GPU: a small model, and fewer frames in an update.
+    "cpu": {
+        "steps": 100_000,
+        "log_every": 1_000,
+        "eval_every": 10_000,
+        "capacity": 60_000,
+        "prefill": 1_000,
+        "train_every": 6,
+        "batch_length": 25,
+        "cnn_depth": 16,
+        "deter": 256,
+        "hidden": 256,
+        "stoch": 16,
+        "classes": 16,
+        "reward_layers": 2,
+        "reward_units": 256,
+        "discount_head": False,
+        "decode_fraction": 0.5,
+        "model_lr": 4e-4,
+        "imagine_starts": 256,
+        "actor_layers": 3,
+        "actor_units": 256,
+        "actor_lr": 2e-4,
+        "value_layers": 3,
+        "value_units": 256,
+        "value_lr": 2e-4,
+    },
     # Everything once, in about half a minute.
-    "debug": dict(
-        controller="OSC_POSITION", control_freq=10, action_repeat=1, episode_steps=30,
-        physics_step=0.005, steps=180, checkpoint_minutes=0,
-        log_every=30, eval_every=90, eval_steps=0, eval_episodes=1, video_every=90,
-        capacity=1_000, prefill=60, pretrain=2, train_every=10, batch_size=4, batch_length=10,
-        cnn_depth=8, deter=64, hidden=64, stoch=8, classes=8, reward_layers=2, reward_units=64,
-        discount_layers=2, discount_units=64, horizon=5, imagine_starts=16,
-        actor_layers=2, actor_units=64, value_layers=2, value_units=64,
-    ),
-    # The author's dmc_vision numbers; only replay sampling, replay capacity and precision are ours.
-    "paper": dict(
-        rotation_scale=1.0, cameras=("agentview",), episode_steps=500,
-        steps=1_000_000, eval_steps=0, eval_action="mode",
-        prefill=1_000, replay_focus=0.0, gripper_hold=0.0, discount_head=False, grad_heads=("decoder", "reward"),
-        reward_scale=1.0, kl_free=1.0, kl_free_avg=True, discount=0.99,
-        actor_entropy=1e-4, actor_entropy_final=1e-4, entropy_updates=0, return_norm=False,
-    ),
-}  # fmt: skip
-
-
-CHOICES = {
-    "image_size": IMAGE_SIZES,
-    "preset": ("auto", *PRESETS),
-    "device": ("auto", "cuda", "mps", "cpu"),
-    "precision": ("auto", "float32", "bfloat16"),
-    "wandb": ("auto", "online", "offline", "disabled"),
-    "reward_transform": ("none", "tanh"),
-    "eval_action": ("mean", "mode"),
-    "actor_dist": DISTRIBUTIONS,
-    "trunc_normal_gradient": TRUNC_NORMAL_GRADIENTS,
-    "actor_grad": ("dynamics", "reinforce", "both"),
+    "debug": {
+        "controller": "OSC_POSITION",
+        "control_freq": 10,
+        "action_repeat": 1,
+        "episode_steps": 30,
+        "physics_step": 0.005,
+        "steps": 180,
+        "checkpoint_minutes": 0,
+        "log_every": 30,
+        "eval_every": 90,
+        "eval_steps": 0,
+        "eval_episodes": 1,
+        "video_every": 90,
+        "capacity": 1_000,
+        "prefill": 60,
+        "pretrain": 2,
+        "train_every": 10,
+        "batch_size": 4,
+        "batch_length": 10,
+        "cnn_depth": 8,
+        "deter": 64,
+        "hidden": 64,
+        "stoch": 8,
+        "classes": 8,
+        "reward_layers": 2,
+        "reward_units": 64,
+        "discount_layers": 2,
+        "discount_units": 64,
+        "horizon": 5,
+        "imagine_starts": 16,
+        "actor_layers": 2,
+        "actor_units": 64,
+        "value_layers": 2,
+        "value_units": 64,
+    },
+    # The author's dmc_vision numbers; only the sampling and the capacity of the replay and the precision are ours.
+    "paper": {
+        "rotation_scale": 1.0,
+        "cameras": ("agentview",),
+        "episode_steps": 500,
+        "steps": 1_000_000,
+        "eval_steps": 0,
+        "eval_action": "mode",
+        "prefill": 1_000,
+        "replay_focus": 0.0,
+        "gripper_hold": 0.0,
+        "discount_head": False,
+        "grad_heads": ("decoder", "reward"),
+        "reward_scale": 1.0,
+        "kl_free": 1.0,
+        "kl_free_avg": True,
+        "discount": 0.99,
+        "actor_entropy": 1e-4,
+        "actor_entropy_final": 1e-4,
+        "entropy_updates": 0,
+        "return_norm": False,
+    },
 }
-MAY_BE_ZERO = {
-    "seed", "checkpoint_minutes", "pretrain", "classes", "imagine_starts", "discount", "return_lambda",
-    "reward_scale", "discount_scale", "kl_scale", "kl_balance", "kl_free", "actor_entropy", "actor_grad_mix",
-    "actor_entropy_final", "entropy_updates", "eval_steps",
-    "model_decay", "actor_decay", "value_decay", "gripper_hold", "replay_focus",
-    "reward_layers", "discount_layers", "actor_layers", "value_layers",
-}  # fmt: skip
-AT_MOST_ONE = {
-    "discount", "return_lambda", "kl_balance", "decode_fraction", "actor_grad_mix", "target_fraction", "gripper_hold",
-    "replay_focus", "rotation_scale", "model_decay", "actor_decay", "value_decay",
-}  # fmt: skip
-
-
-def check_config(config: Config) -> None:
-    """Refuse values that can't work: ValueError with one line that names the field, the value and what is valid."""
-    c = config
-    for field in dataclasses.fields(c):
-        value = getattr(c, field.name)
-        check_type(field.name, value, field.type)
-        check_choice(field.name, value)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            least = "at least 0" if field.name in MAY_BE_ZERO else "above 0"
-            if not math.isfinite(value) or value < 0 or (value == 0 and field.name not in MAY_BE_ZERO):
-                raise ValueError(f"{field.name} {value} is out of range: it must be {least}")
-            if field.name in AT_MOST_ONE and value > 1:
-                raise ValueError(f"{field.name} {value} is out of range: it must be {least} and at most 1")
-    if c.actor_dist == "onehot":
-        raise ValueError(
-            "actor_dist onehot is for discrete actions; RoboSuite's are continuous: trunc_normal, tanh_normal"
-        )
-    if unknown := set(c.grad_heads) - {"decoder", "reward", "discount"}:
-        raise ValueError(f"grad_heads {', '.join(sorted(unknown))} is unknown; valid: decoder, reward, discount")
-    if c.entropy_updates and not (c.actor_entropy and c.actor_entropy_final):
-        raise ValueError(
-            f"entropy_updates {c.entropy_updates} needs actor_entropy {c.actor_entropy} and actor_entropy_final "
-            f"{c.actor_entropy_final} above 0: the weight goes from one to the other by equal factors"
-        )
-    if c.seed >= 2**32:  # NumPy's limit
-        raise ValueError(f"seed {c.seed} is out of range: it must be at most {2**32 - 1}")
-    if c.horizon < 2:
-        raise ValueError(f"horizon {c.horizon} is out of range: the actor needs at least 2 imagined steps")
-    if c.eval_steps % c.action_repeat:
-        raise ValueError(f"eval_steps {c.eval_steps} is not a multiple of action_repeat {c.action_repeat}")
-    rows = c.episode_steps // c.action_repeat + 1
-    if rows < c.batch_length:
-        raise ValueError(
-            f"batch_length {c.batch_length} is longer than an episode of {rows} rows "
-            f"(episode_steps {c.episode_steps} / action_repeat {c.action_repeat}, and the reset)"
-        )
-    # Of the two episodes that share a full replay, one has a whole sequence if there is room for two.
-    for name, sequences in (("prefill", 1), ("capacity", 2)):
-        least = sequences * c.num_envs * c.batch_length
-        if getattr(c, name) < least:
-            raise ValueError(
-                f"{name} {getattr(c, name)} is too small: at least {least}, {sequences} x num_envs {c.num_envs} x "
-                f"batch_length {c.batch_length}"
-            )
-    # A replay must hold the steps that training waits for. No step are the resets, nor the first row that is left of
-    # a half overwritten episode.
-    ring = c.capacity // c.num_envs
-    held = c.num_envs * (ring - math.ceil(ring / rows) - 1)
-    if held < c.prefill:
-        raise ValueError(f"capacity {c.capacity} is too small: it holds {held} agent steps, prefill is {c.prefill}")
-    if c.steps < c.prefill * c.action_repeat:
-        raise ValueError(f"steps {c.steps} end before the prefill of {c.prefill * c.action_repeat} control steps does")
-
-
-TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple[str, ...]: "names"}
-
-
-def check_type(name: str, value: object, wanted: type) -> None:
-    """Refuse a value that isn't of its field's type (ValueError)."""
-    if wanted == tuple[str, ...]:
-        right = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
-    else:
-        right = isinstance(value, (int, float) if wanted is float else wanted)
-        right &= wanted is bool or not isinstance(value, bool)
-    if not right:
-        raise ValueError(f"{name} {value!r} is of the wrong type: it must be {TYPES[wanted]}")
-
-
-def check_choice(name: str, value: object) -> None:
-    """Refuse a value that is not among the field's choices, if it has any (ValueError)."""
-    if name in CHOICES and value not in CHOICES[name]:
-        raise ValueError(f"{name} {value} is unknown; valid: {', '.join(map(str, CHOICES[name]))}")
 
 
 CONTEXT = 5  # frames observed before an open-loop prediction
 SATURATED = 0.95  # an action beyond it counts as saturated in the metrics
+USED_NATS, USED_VARIANCE = 0.01, 0.01  # above it, a latent tells something about the image (`latents_used`)
 
 
 class Imagination(NamedTuple):
@@ -312,11 +291,10 @@ class WorldModel(nn.Module):
         self.encoder = Encoder(size, channels, c.cnn_depth)
         self.rssm = build_rssm(c, self.encoder.embed_size, action_size)
         self.decoder = Decoder(self.rssm.feat_size, size, channels, c.cnn_depth)
-        self.reward = reward_head(self.rssm.feat_size, c.reward_layers, c.reward_units, (c.stoch, c.classes))
+        self.reward = Head(self.rssm.feat_size, c.reward_layers, c.reward_units, UnitNormal)
         self.discount = None
         if c.discount_head:
-            units, latents = c.discount_units, (c.stoch, c.classes)
-            self.discount = discount_head(self.rssm.feat_size, c.discount_layers, units, latents)
+            self.discount = Head(self.rssm.feat_size, c.discount_layers, c.discount_units, Bernoulli)
 
     def loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, RSSMState, dict[str, Tensor]]:
         """Equation 2 on a batch (T, B, ...). Returns the loss, the posteriors (T, B, ...) and metrics."""
@@ -343,12 +321,12 @@ class WorldModel(nn.Module):
             metrics = {f"model/{name}_loss": value.detach() for name, value in losses.items()}
             metrics |= {
                 "model/loss": loss.detach(),
-                # what the loss is made of, without another pass over all pixels
+                # What the loss is made of, without another pass over all pixels.
                 "model/image_mse": 2 * losses["image"] / math.prod(target.shape[-3:]) - LOG_2PI,
                 "model/kl": kl.mean(),
                 "model/prior_entropy": self.rssm.entropy(prior).mean(),
                 "model/post_entropy": self.rssm.entropy(post.stats).mean(),
-                "model/latents_used": self.rssm.used(post.stats),
+                "model/latents_used": latents_used(post.stats, categorical=c.classes > 0),
             }
         return loss, post, metrics
 
@@ -395,7 +373,7 @@ class WorldModel(nn.Module):
         post = self.filter(Batch(*(x[:context] for x in batch)), draws)
         actions = iter(batch.action[context:])
         start, steps = post.map(lambda x: x[-1]), len(batch.action) - context
-        _, imagined, _ = self.rssm.imagine(lambda feat: next(actions), start, steps, draws)
+        _, imagined, _ = self.rssm.imagine(lambda _: next(actions), start, steps, draws)
         feat = torch.cat([post.feat, imagined[1:]])
         return Prediction(self.decoder(feat).mean + 0.5, self.reward(feat).mean)
 
@@ -414,11 +392,14 @@ class WorldModel(nn.Module):
 class Behavior(nn.Module):
     """Actor, value (critic) and target value, and their losses on imagined rollouts."""
 
+    return_range: Tensor  # (), running 5 - 95 % range of the returns
+    entropy_weight: Tensor  # (), of the present update
+
     def __init__(self, config: Config, feat_size: int, action_size: int):
         super().__init__()
         c = self.config = config
         self.actor = build_actor(c, feat_size, action_size)
-        self.value = value_head(feat_size, c.value_layers, c.value_units, (c.stoch, c.classes))
+        self.value = Head(feat_size, c.value_layers, c.value_units, UnitNormal)
         self.target_value = copy.deepcopy(self.value).requires_grad_(False)
         self.register_buffer("return_range", torch.zeros(()))
         # A tensor, as a captured graph would keep a number; it follows from the count of updates.
@@ -441,22 +422,22 @@ class Behavior(nn.Module):
         value = self.value(feat[:-1].detach())
         value_loss = -(weight[:-1] * value.log_prob(returns.detach())).mean()
         metrics = {
-            "behaviour/actor_loss": actor_loss,
-            "behaviour/value_loss": value_loss,
-            "behaviour/entropy": entropy.mean(),
-            "behaviour/value": value.mean.mean(),
-            "behaviour/target_value": target_value.mean(),
-            "behaviour/lambda_return": returns.mean(),
-            "behaviour/imagined_reward": imagined.reward.mean(),
-            "behaviour/imagined_reward_std": imagined.reward.std(correction=0),
-            "behaviour/action_mean": imagined.action[1:].mean(),
-            "behaviour/action_std": imagined.action[1:].std(correction=0),
-            "behaviour/action_saturated": (imagined.action[1:].detach().abs() > SATURATED).float().mean(),
+            "behavior/actor_loss": actor_loss,
+            "behavior/value_loss": value_loss,
+            "behavior/entropy": entropy.mean(),
+            "behavior/value": value.mean.mean(),
+            "behavior/target_value": target_value.mean(),
+            "behavior/lambda_return": returns.mean(),
+            "behavior/imagined_reward": imagined.reward.mean(),
+            "behavior/imagined_reward_std": imagined.reward.std(correction=0),
+            "behavior/action_mean": imagined.action[1:].mean(),
+            "behavior/action_std": imagined.action[1:].std(correction=0),
+            "behavior/action_saturated": (imagined.action[1:].detach().abs() > SATURATED).float().mean(),
         }
         return actor_loss, value_loss, {name: value.detach() for name, value in metrics.items()}
 
-    def _objective(self, policy, action: Tensor, returns: Tensor, baseline: Tensor) -> Tensor:
-        """What the actor maximises beside its entropy, (H - 1, N)."""
+    def _objective(self, policy: ActionDistribution, action: Tensor, returns: Tensor, baseline: Tensor) -> Tensor:
+        """What the actor maximizes beside its entropy, (H - 1, N)."""
         c = self.config
         scale = self._return_scale(returns)
         if c.actor_grad == "dynamics":
@@ -508,7 +489,7 @@ class Policy(nn.Module):
 
     @classmethod
     def build(cls, config: Config, image_shape: tuple[int, int, int], action_size: int) -> "Policy":
-        """A freshly initialised policy, for weights that are loaded next."""
+        """A freshly initialized policy, for weights that are loaded next."""
         encoder = Encoder(image_shape[1], image_shape[0], config.cnn_depth)
         rssm = build_rssm(config, encoder.embed_size, action_size)
         return cls(encoder, rssm, build_actor(config, rssm.feat_size, action_size), config.eval_action)
@@ -516,7 +497,7 @@ class Policy(nn.Module):
     def initial(self, batch: int) -> ActState:
         """The state before the first step."""
         latent = self.rssm.initial(batch)
-        return ActState(latent, latent.deter.new_zeros(batch, self.actor.out.out_features))
+        return ActState(latent, latent.deter.new_zeros(batch, self.actor.action_size))
 
     @torch.no_grad()
     def forward(
@@ -537,14 +518,21 @@ class Policy(nn.Module):
 
         Pass no state at an episode's start, and the returned one after that.
         """
-        device = self.actor.out.weight.device
+        device = next(self.parameters()).device
         images = torch.as_tensor(image, device=device)[None]
         is_first = torch.tensor([state is None], device=device)
         action, state = self(images, state, is_first, Draws(), deterministic=True)
         return action[0].float().cpu().numpy(), state
 
 
-MAX_SKIPPED_IN_A_ROW = 10  # updates; after that nothing is learnt any more
+MAX_SKIPPED_IN_A_ROW = 10  # updates; after that nothing is learned any more
+
+
+class ClippingAdamW(torch.optim.AdamW):
+    """AdamW whose fused kernel divides gradients by `grad_scale`, and skips a step whose `found_inf` is 1."""
+
+    grad_scale: Tensor
+    found_inf: Tensor
 
 
 class Optimizer:
@@ -560,7 +548,7 @@ class Optimizer:
     def __init__(self, module: nn.Module, lr: float, eps: float, clip: float, decay: float):
         self.params = [p for p in module.parameters() if p.requires_grad]
         self.eps, self.clip, self.steps = eps, clip, 0
-        self.adam = torch.optim.AdamW(self.params, lr, self.BETAS, weight_decay=decay / lr, fused=True)
+        self.adam = ClippingAdamW(self.params, lr, self.BETAS, weight_decay=decay / lr, fused=True)
         self.skipped = torch.zeros((), device=self.params[0].device)
         # On MPS the kernel neither divides nor skips (github.com/pytorch/pytorch/pull/186360), and says nothing.
         self.kernel_clips = self.skipped.device.type != "mps"
@@ -572,7 +560,7 @@ class Optimizer:
 
     def step(self) -> Tensor:
         """Descend the gradients and forget them; returns their global norm before clipping."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.params])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
         found_inf = 1.0 - norm.isfinite().float()
         self.skipped += found_inf
         in_a_row = (self.skipped_in_a_row + 1) * found_inf
@@ -597,10 +585,11 @@ class Optimizer:
         return [state[name] for state in self.adam.state.values() for name in ("exp_avg", "exp_avg_sq")]
 
     def state_dict(self) -> dict:
+        """Moments and counters."""
         return {"adam": self.adam.state_dict(), "steps": self.steps, "skipped": self.skipped}
 
     def load_state_dict(self, state: dict) -> None:
-        """Moments and counters; learning rate and decay stay those of the present configuration."""
+        """Take over moments and counters; learning rate and decay stay those of the present configuration."""
         (saved,), (ours,) = state["adam"]["param_groups"], self.adam.param_groups
         group = dict(saved, lr=ours["lr"], weight_decay=ours["weight_decay"])
         self.adam.load_state_dict(dict(state["adam"], param_groups=[group]))
@@ -608,45 +597,12 @@ class Optimizer:
         self.skipped.copy_(state["skipped"])
 
 
-class Graphed:
-    """A function of tensors that leaves gradients, replayed as one CUDA graph after a few ordinary calls.
-
-    An update is thousands of kernels that take longer to launch than to run; a graph launches them together. The
-    function must do the same on the same shapes at every call and never wait for the device. What a call returns, and
-    the gradients it leaves, are overwritten by the next one.
-    """
-
-    WARMUP = 3  # calls, in which libraries choose their algorithms and allocate their workspaces
-
-    def __init__(self, function: Callable, params: list[nn.Parameter]):
-        self.function, self.params = function, params
-        self.calls = 0
-        self.graph: torch.cuda.CUDAGraph | None = None
-
-    def __call__(self, *inputs: Tensor):
-        self.calls += 1
-        if self.calls <= self.WARMUP:
-            return self.function(*inputs)
-        if self.graph is None:
-            self._capture(inputs)
-        for ours, given in zip(self.inputs, inputs, strict=True):
-            ours.copy_(given)
-        self.graph.replay()
-        for param, gradient in zip(self.params, self.gradients, strict=True):
-            param.grad = gradient
-        return self.outputs
-
-    def _capture(self, inputs: tuple[Tensor, ...]) -> None:
-        """Record the function's kernels, none of which runs yet. The parameters must have no gradients."""
-        self.inputs = [x.clone() for x in inputs]
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.outputs = self.function(*self.inputs)
-        self.gradients = [param.grad for param in self.params]
+NETWORKS = ("world_model", "behavior")  # of a Dreamer
+OPTIMIZERS = ("model_optimizer", "actor_optimizer", "value_optimizer")
 
 
 class Dreamer:
-    """The agent: world model, behaviour and their three optimizers.
+    """The agent: world model, behavior and their three optimizers.
 
     Args:
         image_shape: (C, H, W) of the uint8 images.
@@ -664,7 +620,7 @@ class Dreamer:
         autocast_dtype: torch.dtype | None = None,
     ):
         self.config, self.device, self.autocast_dtype = config, torch.device(device), autocast_dtype
-        self.image_shape, self.action_size = tuple(image_shape), action_size
+        self.image_shape, self.action_size = image_shape, action_size
         self.world_model = WorldModel(config, image_shape, action_size).to(self.device)
         feat_size = self.world_model.rssm.feat_size
         self.behavior = Behavior(config, feat_size, action_size).to(self.device)
@@ -675,53 +631,42 @@ class Dreamer:
         self.value_optimizer = Optimizer(self.behavior.value, c.value_lr, c.value_eps, c.value_clip, c.value_decay)
         self.draws = Draws()
         self.updates = 0
-        self._learn_model, self._learn_behavior = self._model_gradients, self._behavior_gradients
-        if self.device.type == "cuda" and c.cuda_graphs:
-            self.use_graphs()
-
-    def use_graphs(self) -> None:
-        """Replay the two halves of an update as CUDA graphs from now on."""
-        behavior_params = self.actor_optimizer.params + self.value_optimizer.params
-        self._learn_model = Graphed(self._model_gradients, self.model_optimizer.params)
-        self._learn_behavior = Graphed(self._behavior_gradients, behavior_params)
 
     @property
     def optimizers(self) -> tuple[Optimizer, Optimizer, Optimizer]:
+        """Those of the model, the actor and the value."""
         return self.model_optimizer, self.actor_optimizer, self.value_optimizer
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One update of everything on a batch (T, B, ...) on the agent's device. Returns detached scalars."""
         self.behavior.set_entropy_weight(self.updates)
-        post, model_metrics = self._learn_model(*batch)
-        metrics = dict(model_metrics)
-        metrics["model/grad_norm"] = self.model_optimizer.step()
+        post, metrics = self.model_gradients(batch)
+        metrics = metrics | {"model/grad_norm": self.model_optimizer.step()}
         start, is_terminal = self._starts(post, batch.is_terminal)
-        metrics |= self._learn_behavior(*start, is_terminal)
-        metrics["behaviour/actor_grad_norm"] = self.actor_optimizer.step()
-        metrics["behaviour/value_grad_norm"] = self.value_optimizer.step()
-
+        metrics |= self.behavior_gradients(start, is_terminal)
+        metrics["behavior/actor_grad_norm"] = self.actor_optimizer.step()
+        metrics["behavior/value_grad_norm"] = self.value_optimizer.step()
         if self.updates % self.config.target_every == 0:
             self.behavior.update_target(1.0 if self.updates == 0 else self.config.target_fraction)
         self.updates += 1
         return metrics
 
-    def _model_gradients(self, *batch: Tensor) -> tuple[RSSMState, dict[str, Tensor]]:
-        """Step 1 up to the gradients. Returns the posteriors (T, B, ...) and metrics."""
+    def model_gradients(self, batch: Batch) -> tuple[RSSMState, dict[str, Tensor]]:
+        """Step 1 up to the gradients. Returns the posteriors (T, B, ...), detached, and metrics."""
         with self.autocast():
-            loss, post, metrics = self.world_model.loss(Batch(*batch), self.draws)
+            loss, post, metrics = self.world_model.loss(batch, self.draws)
         self.model_optimizer.backward(loss)
         return post.detach(), metrics
 
-    def _behavior_gradients(self, *start: Tensor) -> dict[str, Tensor]:
-        """Steps 2 and 3 up to the gradients, from the tensors of a state (N, ...) and is_terminal (N,)."""
-        *state, is_terminal = start
+    def behavior_gradients(self, start: RSSMState, is_terminal: Tensor) -> dict[str, Tensor]:
+        """Steps 2 and 3 up to the gradients, from states (N, ...) and is_terminal (N,). Returns metrics."""
         with self.autocast():
-            actor_loss, value_loss, metrics = self._behavior_loss(RSSMState(*state), is_terminal, self.draws)
+            actor_loss, value_loss, metrics = self.behavior_loss(start, is_terminal, self.draws)
         self.actor_optimizer.backward(actor_loss)
         self.value_optimizer.backward(value_loss)
         return metrics
 
-    def _behavior_loss(
+    def behavior_loss(
         self, start: RSSMState, is_terminal: Tensor, draws: Draws
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Imagine from `start` (N, ...) in the model as it is: actor loss, value loss and metrics."""
@@ -736,32 +681,21 @@ class Dreamer:
 
     def non_finite(self) -> str | None:
         """The name of the first parameter, buffer or optimizer moment with a NaN or infinity. Waits for the device."""
-        named = {
-            f"{name}.{key}": value
-            for name in ("world_model", "behavior")
-            for key, value in getattr(self, name).state_dict().items()
-        }
-        for name in ("model_optimizer", "actor_optimizer", "value_optimizer"):
+        named = {f"{name}.{key}": value for name in NETWORKS for key, value in getattr(self, name).state_dict().items()}
+        for name in OPTIMIZERS:
             named |= {f"{name}.moments[{i}]": value for i, value in enumerate(getattr(self, name).moments())}
         # Magnitudes, unlike sums, don't overflow; one transfer for all of them.
         largest = torch.stack([value.abs().max().float() for value in named.values()]).isfinite().tolist()
         return next((name for name, finite in zip(named, largest, strict=True) if not finite), None)
 
-    def gradients(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        """What an update on a batch would descend: parameter name -> gradient, in float32. No parameter changes."""
-        model, behavior = self.world_model, self.behavior
-        model_loss, post, _ = model.loss(batch, draws)
-        found = _gradients("world_model", model, model_loss)
-        start, is_terminal = post.detach().map(lambda x: x.flatten(0, 1)), batch.is_terminal.flatten()
-        range_before = behavior.return_range.clone()
-        actor_loss, value_loss, _ = self._behavior_loss(start, is_terminal, draws)
-        behavior.return_range.copy_(range_before)
-        return found | _gradients("actor", behavior.actor, actor_loss) | _gradients("value", behavior.value, value_loss)
-
     def act(
-        self, image: Tensor, state: ActState | None, is_first: Tensor, draws: Draws | None = None,
+        self,
+        image: Tensor,
+        state: ActState | None,
+        is_first: Tensor,
+        draws: Draws | None = None,
         deterministic: bool = False,
-    ) -> tuple[Tensor, ActState]:  # fmt: skip
+    ) -> tuple[Tensor, ActState]:
         """Actions for uint8 images (B, C, H, W) of B environments; see `Policy.forward`."""
         with self.autocast():
             return self.policy(image, state, is_first, draws or self.draws, deterministic)
@@ -795,17 +729,13 @@ class Dreamer:
         return torch.autocast(self.device.type, self.autocast_dtype)
 
     def state_dict(self) -> dict:
-        return {
-            "world_model": self.world_model.state_dict(),
-            "behavior": self.behavior.state_dict(),
-            "model_optimizer": self.model_optimizer.state_dict(),
-            "actor_optimizer": self.actor_optimizer.state_dict(),
-            "value_optimizer": self.value_optimizer.state_dict(),
-            "updates": self.updates,
-        }
+        """All that an update depends on, but for the state of the random draws."""
+        parts = {name: getattr(self, name).state_dict() for name in NETWORKS + OPTIMIZERS}
+        return parts | {"updates": self.updates}
 
     def load_state_dict(self, state: dict) -> None:
-        for name in ("world_model", "behavior", "model_optimizer", "actor_optimizer", "value_optimizer"):
+        """Continue as the agent whose `state_dict` this is; see `Optimizer.load_state_dict`."""
+        for name in NETWORKS + OPTIMIZERS:
             getattr(self, name).load_state_dict(state[name])
         self.updates = state["updates"]
 
@@ -819,56 +749,28 @@ class Dreamer:
         return start, is_terminal
 
 
-def _gradients(prefix: str, module: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    named = {f"{prefix}.{name}": p for name, p in module.named_parameters() if p.requires_grad}
-    found = torch.autograd.grad(loss, list(named.values()), retain_graph=True)
-    return dict(zip(named, found, strict=True))
-
-
-def gradient_deviation(gradients: dict[str, Tensor], reference: dict[str, Tensor]) -> tuple[float, str]:
-    """The largest relative difference of a gradient from its reference on the CPU, and its parameter's name.
-
-    Relative to the norm of the parameter's own gradient, or to a millionth of the norm of all of them where that
-    is more: rounding alone decides what a gradient is that cancels to almost zero.
-    """
-    floor = 1e-6 * float(torch.nn.utils.get_total_norm(list(reference.values())))
-    worst, where = 0.0, ""
-    for name, expected in reference.items():
-        difference = float((gradients[name].cpu() - expected).norm())
-        deviation = difference / max(float(expected.norm()), floor, 1e-30)
-        if math.isnan(deviation):
-            deviation = math.inf
-        if deviation > worst:
-            worst, where = deviation, name
-    return worst, where
-
-
-def compare_with_cpu(agent: Dreamer, batch: Batch) -> tuple[float, str]:
-    """`gradient_deviation` of the agent's device from the CPU on one batch, with equal weights and draws.
-
-    MPS has had wrong gradients without an error (pytorch issues 153957, 175188, 177116).
-    """
-    with torch.random.fork_rng(devices=[]):  # to build a Dreamer draws initial weights
-        reference = Dreamer(agent.config, agent.image_shape, agent.action_size)
-    for name in ("world_model", "behavior"):
-        getattr(reference, name).load_state_dict(getattr(agent, name).state_dict())
-    draws = RecordedDraws(torch.Generator().manual_seed(0))
-    expected = reference.gradients(batch.to("cpu"), draws)
-    return gradient_deviation(agent.gradients(batch, draws.replay()), expected)
-
-
 def build_rssm(config: Config, embed_size: int, action_size: int) -> RSSM:
+    """A freshly initialized RSSM of the configured sizes."""
     return RSSM(
-        embed_size=embed_size, action_size=action_size,
-        deter=config.deter, hidden=config.hidden, stoch=config.stoch, classes=config.classes,
-    )  # fmt: skip
+        embed_size=embed_size,
+        action_size=action_size,
+        deter=config.deter,
+        hidden=config.hidden,
+        stoch=config.stoch,
+        classes=config.classes,
+    )
 
 
 def build_actor(config: Config, feat_size: int, action_size: int) -> Actor:
+    """A freshly initialized actor of the configured size and distribution."""
     return Actor(
-        feat_size=feat_size, action_size=action_size, layers=config.actor_layers, units=config.actor_units,
-        dist=config.actor_dist, sample_gradient=config.trunc_normal_gradient, latents=(config.stoch, config.classes),
-    )  # fmt: skip
+        feat_size=feat_size,
+        action_size=action_size,
+        layers=config.actor_layers,
+        units=config.actor_units,
+        dist=config.actor_dist,
+        sample_gradient=config.trunc_normal_gradient,
+    )
 
 
 def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, bootstrap: Tensor, lambda_: float) -> Tensor:
@@ -886,6 +788,20 @@ def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, bootstrap: Te
     return torch.stack(returns[::-1])
 
 
+def latents_used(stats: Tensor, categorical: bool) -> Tensor:
+    """Share of the S latents that tell posteriors (T, B, S, K or 2) of a batch apart: a scalar.
+
+    A categorical does whose mutual information with the batch's frames exceeds 0.01 nats, a Gaussian whose mean
+    varies by more than 0.01 (Burda et al., 2016, count active units so).
+    """
+    if not categorical:
+        return (stats[..., 0].var((0, 1), correction=0) > USED_VARIANCE).float().mean()
+    probs = stats.softmax(-1)
+    entropy = torch.special.entr(probs).sum(-1).mean((0, 1))
+    information = torch.special.entr(probs.mean((0, 1))).sum(-1) - entropy
+    return (information > USED_NATS).float().mean()
+
+
 def preprocess(image: Tensor) -> Tensor:
     """uint8 images (..., C, H, W) -> float32 in [-0.5, 0.5]; the one place where pixels become floats.
 
@@ -896,7 +812,7 @@ def preprocess(image: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def frozen(module: nn.Module):
+def frozen(module: nn.Module) -> Iterator[None]:
     """Inside, the module's parameters collect no gradient; gradients still pass through it."""
     params = [p for p in module.parameters() if p.requires_grad]
     for p in params:

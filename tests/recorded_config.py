@@ -1,24 +1,42 @@
 """The settings of a recorded case as a `Config`; what the project can't do is refused by name."""
 
+from actor import DISTRIBUTIONS, TRUNC_NORMAL_GRADIENTS
 from image_codec import DECODER_KERNELS, ENCODER_KERNELS
+from onehot import OneHot
 from recording import Recording, refuse
-from train import CHOICES, PRESETS, Config
+from train import PRESETS, Config
 
 # The recorded numbers and switches, and our names for them.
 NUMBERS = {
-    "rssm.deter": "deter", "rssm.hidden": "hidden", "rssm.stoch": "stoch", "rssm.discrete": "classes",
-    "encoder.cnn_depth": "cnn_depth", "decoder.cnn_depth": "cnn_depth",
-    "reward_head.layers": "reward_layers", "reward_head.units": "reward_units",
-    "discount_head.layers": "discount_layers", "discount_head.units": "discount_units",
-    "actor.layers": "actor_layers", "actor.units": "actor_units",
-    "critic.layers": "value_layers", "critic.units": "value_units",
-    "kl.free": "kl_free", "kl.balance": "kl_balance", "kl.free_avg": "kl_free_avg",
-    "loss_scales.kl": "kl_scale", "loss_scales.reward": "reward_scale",
-    "loss_scales.discount": "discount_scale", "pred_discount": "discount_head",
-    "discount": "discount", "discount_lambda": "return_lambda", "imag_horizon": "horizon",
-    "actor_grad_mix": "actor_grad_mix", "actor_ent": "actor_entropy",
-    "slow_target_update": "target_every", "slow_target_fraction": "target_fraction",
-}  # fmt: skip
+    "rssm.deter": "deter",
+    "rssm.hidden": "hidden",
+    "rssm.stoch": "stoch",
+    "rssm.discrete": "classes",
+    "encoder.cnn_depth": "cnn_depth",
+    "decoder.cnn_depth": "cnn_depth",
+    "reward_head.layers": "reward_layers",
+    "reward_head.units": "reward_units",
+    "discount_head.layers": "discount_layers",
+    "discount_head.units": "discount_units",
+    "actor.layers": "actor_layers",
+    "actor.units": "actor_units",
+    "critic.layers": "value_layers",
+    "critic.units": "value_units",
+    "kl.free": "kl_free",
+    "kl.balance": "kl_balance",
+    "kl.free_avg": "kl_free_avg",
+    "loss_scales.kl": "kl_scale",
+    "loss_scales.reward": "reward_scale",
+    "loss_scales.discount": "discount_scale",
+    "pred_discount": "discount_head",
+    "discount": "discount",
+    "discount_lambda": "return_lambda",
+    "imag_horizon": "horizon",
+    "actor_grad_mix": "actor_grad_mix",
+    "actor_ent": "actor_entropy",
+    "slow_target_update": "target_every",
+    "slow_target_fraction": "target_fraction",
+}
 NUMBERS |= {
     f"{theirs}_opt.{setting}": f"{ours}_{name}"
     for theirs, ours in (("model", "model"), ("actor", "actor"), ("critic", "value"))
@@ -26,14 +44,28 @@ NUMBERS |= {
 }
 # The recorded settings that the project has no use for, and the value that it implements.
 FIXED_SETTINGS = {
-    "rssm.ensemble": 1, "rssm.std_act": "sigmoid2", "rssm.min_std": 0.1, "actor.min_std": 0.1,
-    "encoder.cnn_keys": "image", "encoder.mlp_keys": "$^", "encoder.mlp_layers": [400] * 4,
-    "decoder.cnn_keys": "image", "decoder.mlp_keys": "$^", "decoder.mlp_layers": [400] * 4,
-    "encoder.cnn_kernels": list(ENCODER_KERNELS[64]), "decoder.cnn_kernels": list(DECODER_KERNELS[64]),
-    "reward_head.dist": "mse", "discount_head.dist": "binary", "critic.dist": "mse",
-    "kl.forward": False, "loss_scales.proprio": 1.0, "slow_target": True,
-    "reward_norm.momentum": 1.0, "reward_norm.scale": 1.0, "reward_norm.eps": 1e-8,
-}  # fmt: skip
+    "rssm.ensemble": 1,
+    "rssm.std_act": "sigmoid2",
+    "rssm.min_std": 0.1,
+    "actor.min_std": 0.1,
+    "encoder.cnn_keys": "image",
+    "encoder.mlp_keys": "$^",
+    "encoder.mlp_layers": [400] * 4,
+    "decoder.cnn_keys": "image",
+    "decoder.mlp_keys": "$^",
+    "decoder.mlp_layers": [400] * 4,
+    "encoder.cnn_kernels": list(ENCODER_KERNELS[64]),
+    "decoder.cnn_kernels": list(DECODER_KERNELS[64]),
+    "reward_head.dist": "mse",
+    "discount_head.dist": "binary",
+    "critic.dist": "mse",
+    "kl.forward": False,
+    "loss_scales.proprio": 1.0,
+    "slow_target": True,
+    "reward_norm.momentum": 1.0,
+    "reward_norm.scale": 1.0,
+    "reward_norm.eps": 1e-8,
+}
 HEADS = {"decoder", "reward", "discount"}
 NETWORKS = ("rssm", "encoder", "decoder", "reward_head", "discount_head", "actor", "critic")
 FIXED_SETTINGS |= {f"{network}.act": "elu" for network in NETWORKS}
@@ -42,11 +74,26 @@ FIXED_SETTINGS |= {f"{name}_opt.opt": "adam" for name in ("model", "actor", "cri
 # These may be "auto"; what that came to is recorded beside them.
 RESOLVED_SETTINGS = {"actor.dist": "actor_dist", "actor_grad": "actor_grad"}
 
+CHOICES = {
+    "reward_transform": ("none", "tanh"),
+    "trunc_normal_gradient": TRUNC_NORMAL_GRADIENTS,
+    "actor_dist": tuple(DISTRIBUTIONS),
+    "actor_grad": ("dynamics", "reinforce", "both"),
+}
+
 # Entries of a recording's json beside its settings: what a replay needs, and what is told for information.
 ENTRIES = {
-    "config", "overrides", "batch", "length", "action_dim", "discrete_action", "slow_target_updates_at_start",
-    "trunc_normal_sample_gradient", "effective_actor_dist", "effective_actor_grad",
-}  # fmt: skip
+    "config",
+    "overrides",
+    "batch",
+    "length",
+    "action_dim",
+    "discrete_action",
+    "slow_target_updates_at_start",
+    "trunc_normal_sample_gradient",
+    "effective_actor_dist",
+    "effective_actor_grad",
+}
 INFORMATION = {"case", "origin", "versions", "seed", "base_config", "facts", "checkpoint_variable_order"}
 
 
@@ -84,7 +131,7 @@ def config_of(recording: Recording) -> Config:
     for name, field in RESOLVED_SETTINGS.items():
         require(settings[name] in ("auto", fields[field]), f"config.{name}", settings[name])
     discrete = info["discrete_action"]
-    require(discrete == (fields["actor_dist"] == "onehot"), "discrete_action", discrete)
+    require(discrete == (DISTRIBUTIONS[fields["actor_dist"]] is OneHot), "discrete_action", discrete)
     return Config(**fields)
 
 
@@ -102,7 +149,7 @@ def check_names(recording: Recording, settings: dict) -> None:
 
 def flat(tree: dict, prefix: str = "") -> dict:
     """{"a": {"b": 1}} -> {"a.b": 1}."""
-    leaves = {}
+    leaves: dict = {}
     for name, value in tree.items():
         leaves |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return leaves

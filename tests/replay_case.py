@@ -5,7 +5,7 @@ Nothing of the agent is reimplemented here. What is compared is noted down while
 
 import copy
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,30 +13,42 @@ from torch.nn import functional as F
 
 from actor import Actor
 from buffer import Batch
-from networks import Bernoulli, UnitNormal
+from fast import speed_up
 from recorded_config import config_of
 from recording import Recording, Replay, from_their_layout, refuse, to_their_layout
 from rssm import stack
 from train import Config, Dreamer, preprocess
 
 METRICS = {
-    "kl_loss": "model/kl_loss", "image_loss": "model/image_loss", "reward_loss": "model/reward_loss",
-    "discount_loss": "model/discount_loss", "model_kl": "model/kl", "model_loss": "model/loss",
-    "prior_ent": "model/prior_entropy", "post_ent": "model/post_entropy", "model_grad_norm": "model/grad_norm",
-    "actor_loss": "behaviour/actor_loss", "actor_grad_norm": "behaviour/actor_grad_norm",
-    "critic_loss": "behaviour/value_loss", "critic_grad_norm": "behaviour/value_grad_norm",
-    "actor_ent": "behaviour/entropy", "critic": "behaviour/value", "critic_slow": "behaviour/target_value",
-    "critic_target": "behaviour/lambda_return",
-    "reward_mean": "behaviour/imagined_reward", "reward_std": "behaviour/imagined_reward_std",
-    # The author's normaliser is switched off.
-    "reward_normed_mean": "behaviour/imagined_reward", "reward_normed_std": "behaviour/imagined_reward_std",
-}  # fmt: skip
+    "kl_loss": "model/kl_loss",
+    "image_loss": "model/image_loss",
+    "reward_loss": "model/reward_loss",
+    "discount_loss": "model/discount_loss",
+    "model_kl": "model/kl",
+    "model_loss": "model/loss",
+    "prior_ent": "model/prior_entropy",
+    "post_ent": "model/post_entropy",
+    "model_grad_norm": "model/grad_norm",
+    "actor_loss": "behavior/actor_loss",
+    "actor_grad_norm": "behavior/actor_grad_norm",
+    "critic_loss": "behavior/value_loss",
+    "critic_grad_norm": "behavior/value_grad_norm",
+    "actor_ent": "behavior/entropy",
+    "critic": "behavior/value",
+    "critic_slow": "behavior/target_value",
+    "critic_target": "behavior/lambda_return",
+    "reward_mean": "behavior/imagined_reward",
+    "reward_std": "behavior/imagined_reward_std",
+    # The author's normalizer is switched off.
+    "reward_normed_mean": "behavior/imagined_reward",
+    "reward_normed_std": "behavior/imagined_reward_std",
+}
 
 
 class Observed(NamedTuple):
     """A distribution that a head returned, and what it was trained on."""
 
-    dist: UnitNormal | Bernoulli
+    dist: Any  # a UnitNormal or a Bernoulli
     targets: list[Tensor]
     log_probs: list[Tensor]
 
@@ -57,12 +69,13 @@ class Watch:
         self.value, self.target_value = noted_heads(behavior.value), noted_heads(behavior.target_value)
         self.observed, self.kl = noted_calls(model.rssm, "observe"), noted_calls(model.rssm, "kl")
         self.states, self.imagined = noted_calls(model.rssm, "imagine"), noted_calls(model, "imagine")
-        self.gradients: dict[nn.Parameter, Tensor] = {}  # of the latest update, before clipping
+        self.gradients: dict[Tensor, Tensor] = {}  # of the latest update, before clipping
         for parameter in (*model.parameters(), *behavior.parameters()):
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._note_gradient)
 
     def _note_gradient(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
         self.gradients[parameter] = parameter.grad.clone()
 
 
@@ -87,7 +100,7 @@ def noted_outputs(module: nn.Module) -> list[Tensor]:
 def noted_heads(head: nn.Module) -> list[Observed]:
     results = []
 
-    def hook(module: nn.Module, args: tuple, dist: UnitNormal | Bernoulli) -> None:
+    def hook(module: nn.Module, args: tuple, dist: Any) -> None:
         observed, plain = Observed(dist, [], []), dist.log_prob
 
         def log_prob(value: Tensor) -> Tensor:
@@ -114,9 +127,10 @@ def batch_of(recording: Recording) -> Batch:
     return Batch(*(x.transpose(0, 1) for x in rows))
 
 
-def build(recording: Recording, config: Config, batch: Batch) -> Dreamer:
-    """An agent with the recorded weights."""
-    dreamer = Dreamer(config, tuple(batch.image.shape[2:]), batch.action.shape[-1])
+def build(recording: Recording, config: Config, batch: Batch, overlay: bool) -> Dreamer:
+    """An agent with the recorded weights; `overlay` speeds it up."""
+    _, _, channels, height, width = batch.image.shape
+    dreamer = Dreamer(config, (channels, height, width), batch.action.shape[-1])
     dreamer.updates = recording.entry("slow_target_updates_at_start")
     with torch.no_grad():
         for name, parameter in named_parameters(dreamer).items():
@@ -124,17 +138,23 @@ def build(recording: Recording, config: Config, batch: Batch) -> Dreamer:
             if value.shape != parameter.shape:
                 refuse(f"weights/{name} is {tuple(value.shape)}, ours {tuple(parameter.shape)}")
             parameter.copy_(value)
+    if overlay:
+        speed_up(dreamer)
     return dreamer
 
 
 def named_parameters(dreamer: Dreamer) -> dict[str, nn.Parameter]:
     """All parameters under the author's names."""
     model, behavior, rssm = dreamer.world_model, dreamer.behavior, dreamer.world_model.rssm
-    layers = {
-        "rssm/img_in": rssm.img_in, "rssm/gru/dense": rssm.gru.dense, "rssm/obs_out": rssm.obs_out,
-        "rssm/img_out_0": rssm.img_out, "rssm/img_dist_0": rssm.img_dist, "rssm/obs_dist": rssm.obs_dist,
+    layers: dict[str, Any] = {
+        "rssm/img_in": rssm.img_in,
+        "rssm/gru/dense": rssm.gru.dense,
+        "rssm/obs_out": rssm.obs_out,
+        "rssm/img_out_0": rssm.img_out,
+        "rssm/img_dist_0": rssm.img_dist,
+        "rssm/obs_dist": rssm.obs_dist,
         "decoder/convin": model.decoder.dense,
-    }  # fmt: skip
+    }
     for name, codec in (("encoder", model.encoder), ("decoder", model.decoder)):
         layers |= {f"{name}/conv{i}": conv for i, conv in enumerate(codec.conv)}
     heads = {"reward": model.reward, "discount": model.discount, "actor": behavior.actor}
@@ -196,14 +216,14 @@ def starts_batch_first(x: Tensor, batch: int, axis: int = 1) -> Tensor:
     return x.unflatten(axis, (-1, batch)).transpose(axis, axis + 1).flatten(axis, axis + 1)
 
 
-def replay_case(recording: Recording) -> None:
-    """Three updates, acting and the open-loop video, as far as they were recorded."""
+def replay_case(recording: Recording, overlay: bool) -> None:
+    """Three updates, acting and the open-loop video, as far as they were recorded, with or without fast.py."""
     config, batch = config_of(recording), batch_of(recording)
     if recording.below("policy/"):
-        replay_acting(recording, config, build(recording, config, batch))
+        replay_acting(recording, config, build(recording, config, batch, overlay))
     if recording.below("report/"):
-        replay_video(recording, config, build(recording, config, batch), batch)
-    dreamer = build(recording, config, batch)
+        replay_video(recording, config, build(recording, config, batch, overlay), batch)
+    dreamer = build(recording, config, batch, overlay)
     old_actor, watch = copy.deepcopy(dreamer.behavior.actor), Watch(dreamer)
     for update in range(3):
         dreamer.draws = update_draws(recording, config, update, batch.action.shape[1])
@@ -289,7 +309,7 @@ def compare_imagination(recording: Recording, config: Config, watch: Watch, acto
     # The policies that were rolled out, and the one of the last state, which acts no more.
     last = actor.raw(imagined.feat[-1:])
     raw = [torch.cat(pair) for pair in zip(imagined.policy, last, strict=True)]
-    policy = actor.distribution(*raw)
+    policy: Any = actor.distribution(*raw)
     if config.actor_dist == "onehot":
         compare("policy_logit", policy.logit)
     else:

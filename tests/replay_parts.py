@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from actor import OneHot, TanhNormal, TruncNormal
+from actor import ExactTruncNormal, TanhNormal, TruncNormal
 from networks import Bernoulli, Draws, UnitNormal
+from onehot import OneHot
 from recording import Recording, Replay, from_their_layout, refuse, to_their_layout
 from replay_case import named_parameters, optimizer_of
 from rssm import RSSM, GRUCell, kl_loss
@@ -42,8 +43,9 @@ def replay_lambda_return(recording: Recording) -> None:
     for part in recording.entries("lambda_return"):
         names = "reward value discount bootstrap"
         inputs = [x.requires_grad_() for x in recording.arrays_below(part, names)]
+        reward, value, discount, bootstrap = inputs
         lambda_, coef = recording.arrays_below(part, "lambda coef")
-        out = lambda_return(*inputs, lambda_.item())
+        out = lambda_return(reward, value, discount, bootstrap, lambda_.item())
         recording.compare(f"{part}/out", out, "forward", "lambda_return/out")
         gradients = torch.autograd.grad((out * coef).sum(), inputs)
         for name, gradient in zip(names.split(), gradients, strict=True):
@@ -89,9 +91,13 @@ def replay_kl_gauss(recording: Recording) -> None:
 
 
 def replay_kl(
-    recording: Recording, part: str, rssm: RSSM, post: Tensor, prior: Tensor,
+    recording: Recording,
+    part: str,
+    rssm: RSSM,
+    post: Tensor,
+    prior: Tensor,
     split: Callable[[Tensor], dict[str, Tensor]],
-) -> None:  # fmt: skip
+) -> None:
     post, prior = post.requires_grad_(), prior.requires_grad_()
     for entry in recording.entries(part):
         balance, free, free_avg = (x.item() for x in recording.arrays_below(entry, "balance free free_avg"))
@@ -132,8 +138,8 @@ def replay_sample_gradients(recording: Recording, raw: tuple[Tensor, Tensor]) ->
     """Derivatives of single samples, as the author's library has them and exact; and the sampler itself."""
     part = "trunc_normal/path"
     sample, quantile = recording.arrays_below(part, "sample exact_u")
-    for gradient, name in (("straight_through", "reference"), ("exact", "exact")):
-        dist = TruncNormal(*raw, gradient)
+    for kind, name in ((TruncNormal, "reference"), (ExactTruncNormal, "exact")):
+        dist = kind(*raw)
         dmean, dstd = dist.sample_gradients(sample)
         compare_parts(recording, part, "gradient", **{f"{name}_dsample_dmean": dmean, f"{name}_dsample_dstd": dstd})
     compare_parts(recording, part, mean=dist.loc, std=dist.std)
@@ -198,7 +204,8 @@ def replay_adam(recording: Recording) -> None:
             recording.arrays_below(part, "grad_a grad_b"),
         )
         params = nn.ParameterList(nn.Parameter(x.clone()) for x in starts)
-        optimizer, norms, steps = Optimizer(params, lr, eps, clip, decay), [], ([], [])
+        optimizer, norms = Optimizer(params, lr, eps, clip, decay), []
+        steps: tuple[list[Tensor], list[Tensor]] = [], []
         for step in range(len(gradients[0])):
             norms.append(descend(optimizer, sum((p * g[step]).sum() for p, g in zip(params, gradients, strict=True))))
             for history, p in zip(steps, params, strict=True):
@@ -212,12 +219,20 @@ def replay_adam(recording: Recording) -> None:
 
 INFORMATION = {"origin", "versions", "seed", "schedule"}  # of the json, not replayed
 PARTS = {
-    "gru": replay_gru, "lambda_return": replay_lambda_return, "onehot": replay_onehot,
-    "kl_discrete": replay_kl_discrete, "kl_gauss": replay_kl_gauss, "gauss_stats": replay_gauss_stats,
-    "trunc_normal": replay_trunc_normal, "tanh_normal": replay_tanh_normal, "bernoulli": replay_bernoulli,
-    "normal_image": replay_normal_image, "conv": replay_conv, "conv_transpose": replay_conv_transpose,
+    "gru": replay_gru,
+    "lambda_return": replay_lambda_return,
+    "onehot": replay_onehot,
+    "kl_discrete": replay_kl_discrete,
+    "kl_gauss": replay_kl_gauss,
+    "gauss_stats": replay_gauss_stats,
+    "trunc_normal": replay_trunc_normal,
+    "tanh_normal": replay_tanh_normal,
+    "bernoulli": replay_bernoulli,
+    "normal_image": replay_normal_image,
+    "conv": replay_conv,
+    "conv_transpose": replay_conv_transpose,
     "adam": replay_adam,
-}  # fmt: skip
+}
 
 
 def replay_parts(recording: Recording) -> None:

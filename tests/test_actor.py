@@ -1,19 +1,18 @@
 import math
-from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from actor import DISTRIBUTIONS, SAMPLE_MARGIN, Actor, GripperHold, OneHot, TanhNormal, TruncNormal
+from actor import DISTRIBUTIONS, SAMPLE_MARGIN, Actor, ExactTruncNormal, TanhNormal, TruncNormal
 from networks import Draws
+from onehot import OneHot
 from tiny import seeded
 
 MEANS = torch.tensor([-0.999, -0.7, 0.0, 0.3, 0.95])
 STDS = torch.tensor([0.11, 0.4, 1.1, 2.0])
-CONTINUOUS = {"trunc_normal": TruncNormal, "exact": partial(TruncNormal, gradient="exact"), "tanh_normal": TanhNormal}
+CONTINUOUS = {"trunc_normal": TruncNormal, "exact": ExactTruncNormal, "tanh_normal": TanhNormal}
 continuous = pytest.mark.parametrize("build", CONTINUOUS.values(), ids=CONTINUOUS)
 
 
@@ -30,12 +29,14 @@ class Fixed(Draws):
 
 def trunc_normal(mean: Tensor, std: Tensor, gradient: str = "straight_through") -> TruncNormal:
     """The distribution with these parameters, through the network's raw ones."""
-    return TruncNormal(mean.atanh(), 2 * ((std - 0.1) / 2).logit(), gradient)
+    kind = {"straight_through": TruncNormal, "exact": ExactTruncNormal}[gradient]
+    return kind(mean.atanh(), 2 * ((std - 0.1) / 2).logit())
 
 
 def every_pair() -> tuple[Tensor, Tensor]:
     """All combinations of MEANS and STDS, (M, 1) each: M distributions over one action."""
-    return tuple(x.reshape(-1, 1) for x in torch.meshgrid(MEANS, STDS, indexing="ij"))
+    means, stds = torch.meshgrid(MEANS, STDS, indexing="ij")
+    return means.reshape(-1, 1), stds.reshape(-1, 1)
 
 
 def integral(density: Tensor, grid: Tensor) -> Tensor:
@@ -172,7 +173,7 @@ def test_sample_gradients_agree_where_the_bounds_are_far():
     assert exact[0][1] < 0.5 * through[0][1]
 
 
-def test_tanh_normal_sample_is_reparameterised():
+def test_tanh_normal_sample_is_reparameterized():
     """A squashed Gaussian's sample has the gradient of tanh(mean + std * noise)."""
     out, raw_std = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(0)).requires_grad_().unbind()
     noise = seeded().normal(out.detach())
@@ -242,34 +243,3 @@ def test_stacked_raw_parameters_make_the_same_distributions(dist):
         lowered = actor(feats)
         action = lowered.rsample(seeded())
     assert action.dtype == lowered.log_prob(action).dtype == lowered.entropy(seeded()).dtype == torch.float32
-
-
-def test_gripper_hold_holds_random_commands():
-    """Random actions get the gripper's command in runs of one sign, 4 - 13 steps or multiples; the rest is theirs."""
-    rng = np.random.default_rng(0)
-    hold = GripperHold(0.3, 1, rng)
-    hold.begin(0)
-    actions = rng.uniform(-1, 1, (5000, 1, 4))
-    held = np.array([hold(action, True) for action in actions])
-    assert np.array_equal(held[..., :-1], actions[..., :-1])
-    gripper = held[:, 0, -1]
-    assert set(gripper) == {-1.0, 1.0}
-    lengths = np.diff(np.flatnonzero(np.diff(gripper)))
-    assert lengths.min() >= 4 and 10 < lengths.mean() < 25
-
-
-def test_gripper_hold_disturbs_its_share_of_the_policys_episodes():
-    """Of the policy's episodes, the share is disturbed now and then; the others not at all, nor with a share of 0."""
-    rng, actions = np.random.default_rng(0), np.zeros((100, 2, 4))
-    hold, disturbed = GripperHold(0.3, 2, rng), []
-    for _ in range(300):
-        hold.begin(0)
-        disturbed.append(np.array([hold(action, False) for action in actions]))
-    assert not np.array(disturbed)[:, :, 1].any()  # an environment that began no episode
-    share = np.array(disturbed)[:, :, 0, -1].astype(bool).mean(1)
-    assert 0.2 < (share > 0).mean() < 0.4
-    assert 0.3 < share[share > 0].mean() < 0.6
-    before = rng.bit_generator.state
-    none = GripperHold(0.0, 2, rng)
-    none.begin(0)
-    assert not none(actions[0], True).any() and rng.bit_generator.state == before

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import distributions as D
 
-from networks import MLP, Bernoulli, Draws, FeatureLinear, UnitNormal, _OneHotLinear, discount_head, reward_head
+from networks import MLP, Bernoulli, Draws, Head, UnitNormal
 from tiny import seeded
 
 EVERY_DRAW = {
@@ -91,43 +91,15 @@ def test_bernoulli_soft_targets():
     assert torch.allclose(gradient, target - dist.mean, atol=1e-6)
 
 
-@pytest.mark.parametrize("build, kind", [(reward_head, UnitNormal), (discount_head, Bernoulli)])
-def test_head_takes_any_leading_axes(build, kind):
+@pytest.mark.parametrize("kind", [UnitNormal, Bernoulli])
+def test_head_takes_any_leading_axes(kind):
     """A head maps features with any leading axes to a scalar distribution over just those axes, in float32."""
-    head, feat = build(7, 2, 16), torch.randn(5, 3, 7)
+    head, feat = Head(7, 2, 16, kind), torch.randn(5, 3, 7)
     with torch.autocast("cpu", torch.bfloat16):
         lowered = head(feat)
     assert isinstance(lowered, kind) and lowered.mean.dtype == torch.float32
     assert torch.allclose(lowered.mean, head(feat).mean, atol=0.05)
     assert torch.allclose(head(feat).mean.flatten(), head(feat.flatten(0, 1)).mean, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize(
-    "groups, classes, rest", [(4, 5, 7), (4, 5, 0), (3, _OneHotLinear.MAX_CLASSES, 7), (2, 300, 7), (4, 0, 7)]
-)
-def test_a_feature_layer_is_an_ordinary_layer(groups, classes, rest, dtype, tolerance):
-    """Looked up instead of multiplied, one-hot groups give the same outputs and gradients; so do groups of zeros."""
-    torch.manual_seed(0)
-    onehot = torch.nn.functional.one_hot(torch.randint(max(classes, 1), (40, groups)), classes or 1).float()
-    onehot[0], onehot[1, -1] = 0, 0
-    x = torch.cat([onehot.flatten(1)[:, : groups * classes], torch.randn(40, rest)], 1).requires_grad_()
-    layer = FeatureLinear(x.shape[1], 6, groups, classes)
-    weighting, found = torch.randn(40, 6), []
-    for forward in (layer, lambda x: torch.nn.Linear.forward(layer, x)):
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            y = forward(x)
-        assert y.dtype == dtype
-        found.append((y, *torch.autograd.grad((y.float() * weighting).sum(), (x, layer.weight, layer.bias))))
-    for ours, ordinary in zip(*found, strict=True):
-        assert torch.allclose(ours.float(), ordinary.float(), atol=tolerance, rtol=tolerance)
-
-
-def test_a_feature_layer_takes_samples_that_are_rounded():
-    """A straight-through sample may be a one that misses 1 by a rounding: it still means its class."""
-    layer = FeatureLinear(15, 6, 3, 5)
-    x = torch.nn.functional.one_hot(torch.arange(12).view(4, 3) % 5, 5).float().flatten(1)
-    assert torch.allclose(layer(x * (1 - 2**-23)), layer(x), atol=1e-6)
 
 
 def test_mlp_without_layers_is_the_identity():

@@ -35,13 +35,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def replay(path: Path, errors: list[tuple[str, str, float, float]]) -> None:
+def replay(path: Path, errors: list[tuple[str, str, float, float]], overlay: bool = False) -> None:
     """Replay the recording `path` (without suffix) and fail with all that did not match."""
     recording = Recording(path, errors)
     if {key.split("/")[0] for key in recording.arrays} & set(PARTS):
         replay_parts(recording)
     else:
-        replay_case(recording)
+        replay_case(recording, overlay)
     recording.finish()
 
 
@@ -57,9 +57,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("path", recordings(folder), ids=lambda path: path.name)
 
 
-def test_recording(path: Path, reference_errors: list):
-    """Every recorded number is ours, within what float32 rounding explains."""
-    replay(path, reference_errors)
+@pytest.mark.parametrize("overlay", [False, True], ids=["plain", "fast"])
+def test_recording(path: Path, overlay: bool, reference_errors: list):
+    """Every recorded number is ours, within what float32 rounding explains, with fast.py laid over or without."""
+    replay(path, reference_errors, overlay)
 
 
 @pytest.fixture
@@ -118,7 +119,7 @@ def test_wrong_number_is_named(small_case: Path):
         ("novel", 1),
         ("batch", None),
     ],
-)  # fmt: skip
+)
 def test_other_setting_is_named(small_case: Path, name: str, value):
     """A setting that is unknown, missing (None here) or that the project lacks fails with its name."""
     info = json.loads(small_case.with_suffix(".json").read_text())

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from networks import LOG_2PI, Draws
 from rssm import RSSMState
+from runtime.cli import check_config
+from runtime.console import UserError
 from tiny import ACTION_SIZE, descend, image_shape, random_batch, seeded, tiny_config, tiny_dreamer
 from train import (
     PRESETS,
@@ -22,9 +24,9 @@ from train import (
     Dreamer,
     Imagination,
     Optimizer,
-    check_config,
     frozen,
     lambda_return,
+    latents_used,
     preprocess,
 )
 
@@ -62,8 +64,8 @@ def gradient_size(module: nn.Module) -> float:
 
 def say_always(head: nn.Module, value: float) -> None:
     """Make a head's output this number whatever its input."""
-    nn.init.zeros_(head.out.weight)
-    nn.init.constant_(head.out.bias, value)
+    nn.init.zeros_(head.get_parameter("out.weight"))
+    nn.init.constant_(head.get_parameter("out.bias"), value)
 
 
 def imagine(dreamer: Dreamer, seed: int = 0) -> Imagination:
@@ -91,8 +93,7 @@ def rollouts(behavior: Behavior, reward: float | Tensor = 0.0, discount: float =
 
 def tiny_behavior(**changes) -> Behavior:
     torch.manual_seed(0)
-    # Made-up features are plain numbers: they have no one-hot groups, as with Gaussian latents.
-    return Behavior(tiny_config(classes=0, **changes), FEAT_SIZE, action_size=2)
+    return Behavior(tiny_config(**changes), FEAT_SIZE, action_size=2)
 
 
 # returns
@@ -165,6 +166,16 @@ def test_model_loss_is_the_weighted_sum_of_its_parts():
     assert torch.allclose(kl, metrics["model/kl"])
 
 
+@pytest.mark.parametrize("classes", [4, 0], ids=["categorical", "gaussian"])
+def test_used_latents_are_those_that_depend_on_the_input(classes):
+    """One of three latents changes over the batch, the others are the same everywhere: a third is used."""
+    raw = torch.randn(1, 1, 3, classes or 2, generator=torch.Generator().manual_seed(3))
+    stats = raw.expand(6, 3, -1, -1).clone()
+    assert latents_used(stats, categorical=classes > 0) == 0
+    stats[:3, :, 1, 0] += 3
+    assert latents_used(stats, categorical=classes > 0) == pytest.approx(1 / 3)
+
+
 @pytest.mark.parametrize("name", ["decoder", "reward", "discount"])
 def test_grad_heads_choose_who_shapes_the_latents(name):
     """A head shapes the latents only if it is named; unnamed heads still learn themselves."""
@@ -213,9 +224,16 @@ def test_decode_fraction_is_unbiased():
 def test_one_batch_overfits():
     """Repeated updates on one batch learn its images and rewards by heart."""
     config = tiny_config(
-        cnn_depth=8, batch_length=5, deter=32, hidden=32, stoch=8, classes=8, reward_units=64,
-        model_lr=3e-3, imagine_starts=4,
-    )  # fmt: skip
+        cnn_depth=8,
+        batch_length=5,
+        deter=32,
+        hidden=32,
+        stoch=8,
+        classes=8,
+        reward_units=64,
+        model_lr=3e-3,
+        imagine_starts=4,
+    )
     dreamer, batch = tiny_dreamer(config), random_batch(config)
     coarse = batch.image.flatten(0, 1)[..., ::16, ::16].float()
     smooth = nn.functional.interpolate(coarse, 64, mode="bilinear").to(torch.uint8)
@@ -446,7 +464,7 @@ def test_entropy_bonus():
     for _ in range(20):
         loss, _, metrics = behavior.loss(rollouts(behavior), seeded())
         descend(optimizer, loss)
-        entropy.append(metrics["behaviour/entropy"].item())
+        entropy.append(metrics["behavior/entropy"].item())
     assert entropy[-1] > entropy[0] + 0.05
 
 
@@ -720,7 +738,7 @@ def test_bfloat16_stays_close_to_float32(changes):
     for plain, lowered in zip(*metrics, strict=True):
         assert all(x.shape == () and x.dtype == torch.float32 and x.isfinite() for x in lowered.values())
         assert all(not x.requires_grad for x in lowered.values())
-        for name in ("model/loss", "model/image_loss", "model/reward_loss", "behaviour/value_loss"):
+        for name in ("model/loss", "model/image_loss", "model/reward_loss", "behavior/value_loss"):
             assert lowered[name].item() == pytest.approx(plain[name].item(), rel=0.05)
 
 
@@ -777,15 +795,27 @@ def test_presets_are_valid(preset):
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("batch_size", 0), ("batch_size", -3), ("discount", 1.5), ("image_size", 37), ("horizon", 0), ("horizon", 1),
-        ("model_lr", float("nan")), ("target_fraction", 2.0), ("actor_dist", "beta"), ("actor_dist", "onehot"),
-        ("actor_grad", "none"), ("grad_heads", ("decoder", "rewards")), ("kl_free", -1.0), ("batch_length", 502),
-        ("capacity", 10), ("steps", 10),
+        ("batch_size", 0),
+        ("batch_size", -3),
+        ("discount", 1.5),
+        ("image_size", 37),
+        ("horizon", 0),
+        ("horizon", 1),
+        ("model_lr", float("nan")),
+        ("target_fraction", 2.0),
+        ("actor_dist", "beta"),
+        ("actor_dist", "onehot"),
+        ("actor_grad", "none"),
+        ("grad_heads", ("decoder", "rewards")),
+        ("kl_free", -1.0),
+        ("batch_length", 502),
+        ("capacity", 10),
+        ("steps", 10),
     ],
-)  # fmt: skip
+)
 def test_values_out_of_range_are_refused(name, value):
     """A value that can't work is refused in one line that names the field and the value."""
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         check_config(Config(**{name: value}))
     text = str(error.value)
     shown = value[-1] if isinstance(value, tuple) else str(value)
@@ -794,23 +824,25 @@ def test_values_out_of_range_are_refused(name, value):
 
 def test_train_imports_no_environment_and_prints_nothing():
     """Importing train.py loads neither simulator, gymnasium, W&B nor the program's outer files, and says nothing."""
-    forbidden = ["robosuite", "mujoco", "gymnasium", "wandb", "imageio", "env", "run"]
+    forbidden = ["robosuite", "mujoco", "gymnasium", "wandb", "imageio", "env", "fast", "run", "runtime"]
     code = f"import sys, train; print(*(m for m in {forbidden} if m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "" and done.stderr == ""
 
 
 def test_imports_form_a_dag():
-    """The files import each other without cycles, and the model's parts none but networks.py."""
+    """The flat files import each other without cycles, the model's parts none but networks.py, and only run runtime."""
     names = {path.stem: ast.walk(ast.parse(path.read_text())) for path in ROOT.glob("*.py")}
-    graph = {name: {target for node in nodes for target in imported(node)} & {*names} for name, nodes in names.items()}
+    inside = {*names, "runtime"}
+    graph = {name: {target for node in nodes for target in imported(node)} & inside for name, nodes in names.items()}
     graphlib.TopologicalSorter(graph).prepare()
-    assert all(graph[leaf] <= {"networks"} for leaf in ("networks", "image_codec", "rssm", "actor", "buffer", "env"))
+    assert all(graph[leaf] <= {"networks"} for leaf in ("networks", "image_codec", "rssm", "actor", "buffer"))
     assert graph["train"] == {"actor", "buffer", "image_codec", "networks", "rssm"}
+    assert {name for name, targets in graph.items() if "runtime" in targets} <= {"run"}
 
 
 def imported(node: ast.AST) -> list[str]:
-    """The modules that an import statement names."""
+    """The modules or packages that an import statement names."""
     if isinstance(node, ast.ImportFrom):
-        return [node.module]
-    return [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        return [(node.module or "").split(".")[0]]
+    return [alias.name.split(".")[0] for alias in node.names] if isinstance(node, ast.Import) else []

@@ -15,11 +15,26 @@ torch.set_num_threads(1)  # threads don't speed up tiny tensors, and wait for ea
 def tiny_config(**changes) -> Config:
     """The author's settings but for a discount head, no action repeat, tiny networks and batches, and `changes`."""
     sizes = dict(
-        action_repeat=1, discount_head=True, grad_heads=("decoder", "reward", "discount"),
-        batch_size=4, batch_length=6, cnn_depth=4, deter=16, hidden=16, stoch=4, classes=4,
-        reward_layers=1, reward_units=16, discount_layers=1, discount_units=16, horizon=4,
-        actor_layers=1, actor_units=16, value_layers=1, value_units=16,
-    )  # fmt: skip
+        action_repeat=1,
+        discount_head=True,
+        grad_heads=("decoder", "reward", "discount"),
+        batch_size=4,
+        batch_length=6,
+        cnn_depth=4,
+        deter=16,
+        hidden=16,
+        stoch=4,
+        classes=4,
+        reward_layers=1,
+        reward_units=16,
+        discount_layers=1,
+        discount_units=16,
+        horizon=4,
+        actor_layers=1,
+        actor_units=16,
+        value_layers=1,
+        value_units=16,
+    )
     return Config(**(PRESETS["paper"] | sizes | changes))
 
 
