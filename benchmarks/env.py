@@ -23,6 +23,7 @@ from env import make_env  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=200, help="env steps of each of the two in a round")
     parser.add_argument("--rounds", type=int, default=3, help="the medians are taken over these")
@@ -38,6 +39,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Play both in turns and print their rates."""
     arguments = parse_arguments()
     (ours, close_ours), (plain, close_plain) = build_ours(arguments), build_plain(arguments)
     for play in (ours, plain):

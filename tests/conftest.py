@@ -1,6 +1,12 @@
-"""What the tests share: the folder of the author's recordings, and the table of errors against them."""
+"""What the tests share: real environments, the author's recordings, and the table of errors against them."""
+
+import signal
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
+
+import simulated
 
 REFERENCE_ERRORS = pytest.StashKey[list]()
 FILES_A_TABLE = 7  # columns
@@ -11,6 +17,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell without job control
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[REFERENCE_ERRORS] = []
 
 
@@ -18,6 +26,37 @@ def pytest_configure(config: pytest.Config) -> None:
 def reference_errors(request: pytest.FixtureRequest) -> list:
     """Rows (file, quantity, error, tolerance) that are printed when all tests have run."""
     return request.config.stash[REFERENCE_ERRORS]
+
+
+@pytest.fixture(scope="module")
+def lift() -> Iterator[Any]:
+    """Our Lift, built once for a file of tests."""
+    environment = simulated.build()
+    yield environment
+    environment.close()
+
+
+@pytest.fixture(scope="module")
+def plain(lift: Any) -> Iterator[Any]:
+    """RoboSuite without us (`lift` has set up rendering); soft resets, the only ones that can be seeded."""
+    import robosuite
+
+    task = robosuite.make(
+        "Lift",
+        robots="Panda",
+        has_renderer=False,
+        renderer="mujoco",
+        use_camera_obs=True,
+        camera_names=["agentview", "robot0_eye_in_hand"],
+        camera_heights=64,
+        camera_widths=64,
+        control_freq=20,
+        reward_shaping=True,
+        hard_reset=False,
+        seed=simulated.ARGUMENTS["seed"],
+    )
+    yield task
+    task.close()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

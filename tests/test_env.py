@@ -1,4 +1,4 @@
-"""env.py against real RoboSuite: what an episode may depend on, what the pictures show, what is refused."""
+"""env.py against real RoboSuite: what an episode may depend on, and what is refused."""
 
 import functools
 import os
@@ -13,134 +13,10 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 import env
-from env import gl_backend, make_env
+from env import make_env
+from simulated import ARGUMENTS, assert_same_episode, build, episode_from_seed, plain_reset, play
 
 ROOT = pathlib.Path(env.__file__).parent
-ARGUMENTS = {
-    "task": "Lift",
-    "robot": "Panda",
-    "controller": "OSC_POSE",
-    "cameras": ("agentview", "robot0_eye_in_hand"),
-    "image_size": 64,
-    "control_freq": 20,
-    "action_repeat": 2,
-    "episode_steps": 24,
-    "reward_shaping": True,
-    "physics_step": 0.002,
-    "seed": 3,
-}
-
-
-def build(**changes):
-    return make_env(**ARGUMENTS | changes)
-
-
-def play(environment, actions_seed):
-    """One episode of random actions from the state that np_random has: pictures, rewards, successes, ends."""
-    rng = np.random.default_rng(actions_seed)
-    image, info = environment.reset()
-    images, results, ended = [image], [info["success"]], False
-    while not ended:
-        action = rng.uniform(-1, 1, environment.action_space.shape).astype(np.float32)
-        image, reward, terminated, truncated, info = environment.step(action)
-        ended = terminated or truncated
-        images.append(image)
-        results.append((reward, terminated, truncated, info["success"]))
-    return np.stack(images), results
-
-
-def assert_same_episode(first, second):
-    np.testing.assert_array_equal(first[0], second[0])
-    assert first[1] == second[1]
-
-
-@pytest.fixture(scope="module")
-def lift():
-    environment = build()
-    yield environment
-    environment.close()
-
-
-@pytest.fixture(scope="module")
-def plain(lift):
-    """RoboSuite without us (`lift` has set up rendering); soft resets, the only ones that can be seeded."""
-    import robosuite
-
-    task = robosuite.make(
-        "Lift",
-        robots="Panda",
-        has_renderer=False,
-        renderer="mujoco",
-        use_camera_obs=True,
-        camera_names=["agentview", "robot0_eye_in_hand"],
-        camera_heights=64,
-        camera_widths=64,
-        control_freq=20,
-        reward_shaping=True,
-        hard_reset=False,
-        seed=ARGUMENTS["seed"],
-    )
-    yield task
-    task.close()
-
-
-def plain_reset(task, seed):
-    task.rng = task.placement_initializer.rng = np.random.default_rng(seed)
-    task.sim._render_context_offscreen.gl_ctx.make_current()
-    return task.reset()
-
-
-# ---- the OpenGL back end
-
-
-@pytest.mark.parametrize(
-    "platform, environ, libraries, expected",
-    [
-        ("linux", {}, {"EGL", "OSMesa"}, {"MUJOCO_GL": "egl", "PYOPENGL_PLATFORM": "egl"}),
-        ("linux", {}, {"OSMesa"}, {"MUJOCO_GL": "osmesa", "PYOPENGL_PLATFORM": "osmesa"}),
-        ("linux", {"PYOPENGL_PLATFORM": "glx"}, {"EGL"}, {"MUJOCO_GL": "egl", "PYOPENGL_PLATFORM": "egl"}),
-        ("linux", {"MUJOCO_GL": "osmesa"}, {"EGL"}, {"MUJOCO_GL": "osmesa", "PYOPENGL_PLATFORM": "osmesa"}),
-        ("linux", {"MUJOCO_GL": " EGL"}, set(), {"MUJOCO_GL": "egl", "PYOPENGL_PLATFORM": "egl"}),
-        ("linux", {"MUJOCO_GL": "glfw"}, {"EGL"}, {"MUJOCO_GL": "glfw"}),
-        ("darwin", {}, set(), {}),
-        ("darwin", {"MUJOCO_GL": "cgl"}, set(), {"MUJOCO_GL": "cgl"}),
-        ("win32", {}, set(), {}),
-    ],
-)
-def test_back_end_is_egl_then_osmesa_on_linux_and_the_systems_elsewhere(platform, environ, libraries, expected):
-    """Headless Linux takes what is installed, other systems their own, and the user's choice comes first."""
-    before = dict(environ)
-    assert gl_backend(platform, environ, libraries.__contains__) == expected
-    assert environ == before
-
-
-def test_back_end_names_the_packages_where_nothing_can_render():
-    """Without EGL and OSMesa the error is one line that says what to install."""
-    with pytest.raises(RuntimeError, match="apt-get install libegl1 libgl1 libgl1-mesa-dri") as caught:
-        gl_backend("linux", {}, lambda name: False)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("platform, value", [("linux", "cgl"), ("darwin", "egl"), ("linux", "disable")])
-def test_back_end_refuses_a_mujoco_gl_that_cannot_work(platform, value):
-    """An invalid MUJOCO_GL is refused by name, not replaced."""
-    with pytest.raises(ValueError, match=f"MUJOCO_GL='{value}'"):
-        gl_backend(platform, {"MUJOCO_GL": value}, lambda name: True)
-
-
-def test_a_machine_that_cannot_render_gets_one_line(lift, monkeypatch):
-    """A driver's failure becomes a RuntimeError with an install hint and without the driver's traceback."""
-
-    def broken(name):
-        raise AttributeError("'NoneType' object has no attribute 'eglQueryString'")
-
-    monkeypatch.setattr(env.importlib, "import_module", broken)
-    with pytest.raises(RuntimeError, match="eglQueryString.*apt-get install") as caught:
-        env._open_context(None, None, 64)
-    assert "\n" not in str(caught.value)
-    assert caught.value.__cause__ is None and caught.value.__context__ is None
-
-
 # ---- importing and building
 
 
@@ -153,10 +29,10 @@ def python(code, **variables):
 
 
 def test_importing_env_imports_no_simulator():
-    """`import env` needs neither RoboSuite nor MuJoCo and leaves the environment variables alone."""
+    """`import env` needs no simulator, nor PyTorch in a worker, and leaves the environment variables alone."""
     result = python(
         "import os, sys; before = dict(os.environ); import env; assert dict(os.environ) == before;"
-        "assert not {'robosuite', 'mujoco', 'OpenGL'} & set(sys.modules)"
+        "assert not {'robosuite', 'mujoco', 'OpenGL', 'torch', 'run', 'train'} & set(sys.modules)"
     )
     assert result.returncode == 0, result.stderr
 
@@ -212,11 +88,14 @@ def test_bad_input_is_refused_in_one_line(lift, changes, words):
 
 
 def test_a_task_that_the_user_registered_works_and_a_reset_undoes_what_it_wrote(lift):
-    """Defining a subclass registers it with RoboSuite; what it writes into the model is undone."""
+    """Defining a subclass registers it with RoboSuite; it sees observations, and what it writes is undone."""
     from robosuite.environments.manipulation.lift import Lift
 
     class PaintedLift(Lift):
+        hands = []
+
         def reward(self, action=None):
+            self.hands.append(self._get_observations()["robot0_eef_pos"])
             self.sim.model.mat_rgba[:] = self.sim.model.geom_rgba[:] = (0, 0, 1, 1)
             return 7.0
 
@@ -224,6 +103,7 @@ def test_a_task_that_the_user_registered_works_and_a_reset_undoes_what_it_wrote(
     image, _ = environment.reset(seed=8)
     painted, reward, *_ = environment.step(np.zeros(7, np.float32))
     assert reward == 14.0
+    assert (PaintedLift.hands[0] != PaintedLift.hands[1]).any()
     assert (painted != image).mean() > 0.5
     np.testing.assert_array_equal(environment.reset(seed=8)[0], image)
     environment.close()
@@ -263,6 +143,51 @@ def test_length_reward_and_success_are_those_of_plain_robosuite(lift, plain):
         rewards, solved = zip(*((plain.step(action)[1], plain._check_success()) for _ in range(2)), strict=True)
         expected.append((sum(rewards), False, step == 11, any(map(bool, solved))))
     assert results == expected
+
+
+def state_of(task, reward):
+    return [*task.sim.data.qpos, *task.sim.data.qvel, reward, task._check_success()]
+
+
+@pytest.mark.parametrize(
+    "task, robot, controller",
+    [
+        ("Lift", "Panda", "OSC_POSE"),
+        ("Door", "Panda", "OSC_POSE"),
+        ("Stack", "Panda", "OSC_POSE"),
+        ("Lift", "Sawyer", "OSC_POSITION"),
+        ("Lift", "Panda", "JOINT_POSITION"),
+    ],
+)
+def test_trajectories_are_those_of_plain_robosuite_bit_for_bit(lift, task, robot, controller):
+    """Positions, velocities, rewards and successes over random episodes, with our own control loop or RoboSuite's."""
+    import robosuite
+
+    names = {"task": task, "robot": robot, "controller": controller, "cameras": ("robot0_eye_in_hand",)}
+    ours = build(**names, action_repeat=1, episode_steps=20)
+    assert isinstance(ours._task._pre_action, env._HeldGoal) == controller.startswith("OSC")
+    plain = robosuite.make(
+        task,
+        robots=robot,
+        controller_configs=env._controller_config(robot, controller, 1.0),
+        has_renderer=False,
+        has_offscreen_renderer=False,
+        renderer="mujoco",
+        use_camera_obs=False,
+        control_freq=20,
+        reward_shaping=True,
+        hard_reset=False,
+        seed=ARGUMENTS["seed"],
+    )
+    for episode in range(10):
+        ours.np_random = np.random.default_rng(episode)
+        ours.reset()
+        plain.rng = plain.placement_initializer.rng = np.random.default_rng(episode)
+        plain.reset()
+        for action in np.random.default_rng(episode).uniform(-1, 1, (20, *ours.action_space.shape)):
+            expected = state_of(plain, plain.step(action)[1])
+            assert state_of(ours._task, ours.step(action)[1]) == expected
+    ours.close(), plain.close()
 
 
 @pytest.mark.parametrize("robot", ["Panda", "Sawyer"])
@@ -318,11 +243,6 @@ def test_close_may_be_repeated_and_ends_all_use():
 # ---- seeds
 
 
-def episode_from_seed(environment, seed, actions_seed):
-    environment.np_random = np.random.default_rng(seed)
-    return play(environment, actions_seed)
-
-
 def test_seeds_decide_the_episodes(lift):
     """The same seed gives the same pixels, another seed or none gives others."""
     first, again = lift.reset(seed=8)[0], lift.reset(seed=8)[0]
@@ -345,77 +265,6 @@ def test_a_fresh_env_continues_exactly_from_a_saved_np_random(lift):
     for actions_seed, episode in zip((3, 4), uninterrupted, strict=True):
         assert_same_episode(play(fresh, actions_seed), episode)
     fresh.close()
-
-
-# ---- pictures
-
-
-def test_cameras_are_stacked_in_the_order_given_and_envs_do_not_disturb_each_other(lift):
-    """Two living envs with other cameras and another physics step each show what they show alone."""
-    both = lift.reset(seed=8)[0]
-    assert both.shape == (6, 64, 64) and both.dtype == np.uint8
-    other = build(cameras=("robot0_eye_in_hand",), physics_step=0.005, seed=4)
-    hand = other.reset(seed=8)[0]
-    assert hand.shape == (3, 64, 64)
-    other.step(other.action_space.sample())
-    for environment, seconds in ((lift, 0.002), (other, 0.005)):
-        assert environment._task.sim.model.opt.timestep == seconds
-        assert environment._task.robots[0].part_controllers["right"].model_timestep == seconds
-    np.testing.assert_array_equal(lift.reset(seed=8)[0], both)
-    np.testing.assert_array_equal(other.reset(seed=8)[0], hand)
-    other.close()
-    np.testing.assert_array_equal(lift.reset(seed=8)[0], both)
-
-
-def test_pictures_are_upright_and_not_mirrored(lift):
-    """In agentview, which faces the robot, the cube is lower when nearer (+x) and further right for +y."""
-    seen, true = [], []
-    for seed in range(12):
-        red, green, blue = lift.reset(seed=seed)[0][:3].astype(int)
-        rows, columns = np.nonzero((red > green + 40) & (red > blue + 40))
-        assert len(rows) > 5
-        seen.append((rows.mean(), columns.mean()))
-        true.append(lift._task.sim.data.body_xpos[lift._task.cube_body_id][:2].copy())
-    for axis in range(2):
-        assert np.corrcoef(np.array(seen)[:, axis], np.array(true)[:, axis])[0, 1] > 0.9
-
-
-def test_pictures_are_close_to_robosuites_own_look(lift, plain):
-    """The cheap look differs by less than 3 of 255 on average."""
-    image = lift.reset(seed=11)[0].astype(int)
-    stock = plain_reset(plain, 11)
-    for k, camera in enumerate(ARGUMENTS["cameras"]):
-        picture = stock[f"{camera}_image"][::-1].transpose(2, 0, 1).astype(int)
-        assert np.abs(image[3 * k : 3 * k + 3] - picture).mean() < 3
-
-
-def test_skipping_unseen_geoms_changes_no_pixel(lift):
-    """What is not drawn because it is out of view would not have been seen, in any camera."""
-    lift.reset(seed=8)
-    lift.step(lift.action_space.sample())
-    renderer = lift._renderer
-    for camera in range(lift._task.sim.model.ncam):
-        quick = renderer._agent_picture(camera)
-        renderer._skip_unseen = False
-        np.testing.assert_array_equal(renderer._agent_picture(camera), quick)
-        renderer._skip_unseen = True
-
-
-def test_render_shows_the_scene_and_leaves_the_agents_pictures_alone(lift):
-    """render() shows cube, arm and foot in a large frame; the agent's next pictures don't change."""
-    expected = episode_from_seed(lift, 8, 6)
-    lift.np_random = np.random.default_rng(8)
-    rng = np.random.default_rng(6)
-    images = [lift.reset()[0]]
-    for _ in range(12):
-        frame = lift.render()
-        images.append(lift.step(rng.uniform(-1, 1, 7).astype(np.float32))[0])
-    np.testing.assert_array_equal(np.stack(images), expected[0])
-    assert frame.shape == (256, 256, 3) and frame.dtype == np.uint8
-    red, green, blue = frame.astype(int).transpose(2, 0, 1)
-    assert ((red > green + 40) & (red > blue + 40)).sum() > 50  # the cube
-    assert (frame.min(-1) > 230).sum() > 5000  # table and arm
-    assert (frame.max(-1) < 60).sum() > 2000  # the pedestal
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

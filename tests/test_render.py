@@ -1,0 +1,129 @@
+"""render.py: how the OpenGL back end is chosen, and what the pictures show."""
+
+import numpy as np
+import pytest
+
+import render
+from render import gl_backend
+from simulated import ARGUMENTS, build, episode_from_seed, plain_reset
+
+# ---- the OpenGL back end
+
+
+@pytest.mark.parametrize(
+    "platform, environ, libraries, expected",
+    [
+        ("linux", {}, {"EGL", "OSMesa"}, {"MUJOCO_GL": "egl", "PYOPENGL_PLATFORM": "egl"}),
+        ("linux", {}, {"OSMesa"}, {"MUJOCO_GL": "osmesa", "PYOPENGL_PLATFORM": "osmesa"}),
+        ("linux", {"PYOPENGL_PLATFORM": "glx"}, {"EGL"}, {"MUJOCO_GL": "egl", "PYOPENGL_PLATFORM": "egl"}),
+        ("linux", {"MUJOCO_GL": "osmesa"}, {"EGL"}, {"MUJOCO_GL": "osmesa", "PYOPENGL_PLATFORM": "osmesa"}),
+        ("linux", {"MUJOCO_GL": " EGL"}, set(), {"MUJOCO_GL": "egl", "PYOPENGL_PLATFORM": "egl"}),
+        ("linux", {"MUJOCO_GL": "glfw"}, {"EGL"}, {"MUJOCO_GL": "glfw"}),
+        ("darwin", {}, set(), {}),
+        ("darwin", {"MUJOCO_GL": "cgl"}, set(), {"MUJOCO_GL": "cgl"}),
+        ("win32", {}, set(), {}),
+    ],
+)
+def test_back_end_is_egl_then_osmesa_on_linux_and_the_systems_elsewhere(platform, environ, libraries, expected):
+    """Headless Linux takes what is installed, other systems their own, and the user's choice comes first."""
+    before = dict(environ)
+    assert gl_backend(platform, environ, libraries.__contains__) == expected
+    assert environ == before
+
+
+def test_back_end_names_the_packages_where_nothing_can_render():
+    """Without EGL and OSMesa the error is one line that says what to install."""
+    with pytest.raises(RuntimeError, match="apt-get install libegl1 libgl1 libgl1-mesa-dri") as caught:
+        gl_backend("linux", {}, lambda name: False)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("platform, value", [("linux", "cgl"), ("darwin", "egl"), ("linux", "disable")])
+def test_back_end_refuses_a_mujoco_gl_that_cannot_work(platform, value):
+    """An invalid MUJOCO_GL is refused by name, not replaced."""
+    with pytest.raises(ValueError, match=f"MUJOCO_GL='{value}'"):
+        gl_backend(platform, {"MUJOCO_GL": value}, lambda name: True)
+
+
+def test_a_machine_that_cannot_render_gets_one_line(lift, monkeypatch):
+    """A driver's failure becomes a RuntimeError with an install hint and without the driver's traceback."""
+
+    def broken(name):
+        raise AttributeError("'NoneType' object has no attribute 'eglQueryString'")
+
+    monkeypatch.setattr(render.importlib, "import_module", broken)
+    with pytest.raises(RuntimeError, match="eglQueryString.*apt-get install") as caught:
+        render._open_context(None, None, 64)
+    assert "\n" not in str(caught.value)
+    assert caught.value.__cause__ is None and caught.value.__context__ is None
+
+
+# ---- pictures
+
+
+def test_cameras_are_stacked_in_the_order_given_and_envs_do_not_disturb_each_other(lift):
+    """Two living envs with other cameras and another physics step each show what they show alone."""
+    both = lift.reset(seed=8)[0]
+    assert both.shape == (6, 64, 64) and both.dtype == np.uint8
+    other = build(cameras=("robot0_eye_in_hand",), physics_step=0.005, seed=4)
+    hand = other.reset(seed=8)[0]
+    assert hand.shape == (3, 64, 64)
+    other.step(other.action_space.sample())
+    for environment, seconds in ((lift, 0.002), (other, 0.005)):
+        assert environment._task.sim.model.opt.timestep == seconds
+        assert environment._task.robots[0].part_controllers["right"].model_timestep == seconds
+    np.testing.assert_array_equal(lift.reset(seed=8)[0], both)
+    np.testing.assert_array_equal(other.reset(seed=8)[0], hand)
+    other.close()
+    np.testing.assert_array_equal(lift.reset(seed=8)[0], both)
+
+
+def test_pictures_are_upright_and_not_mirrored(lift):
+    """In agentview, which faces the robot, the cube is lower when nearer (+x) and further right for +y."""
+    seen, true = [], []
+    for seed in range(12):
+        red, green, blue = lift.reset(seed=seed)[0][:3].astype(int)
+        rows, columns = np.nonzero((red > green + 40) & (red > blue + 40))
+        assert len(rows) > 5
+        seen.append((rows.mean(), columns.mean()))
+        true.append(lift._task.sim.data.body_xpos[lift._task.cube_body_id][:2].copy())
+    for axis in range(2):
+        assert np.corrcoef(np.array(seen)[:, axis], np.array(true)[:, axis])[0, 1] > 0.9
+
+
+def test_pictures_are_close_to_robosuites_own_look(lift, plain):
+    """The cheap look differs by less than 3 of 255 on average."""
+    image = lift.reset(seed=11)[0].astype(int)
+    stock = plain_reset(plain, 11)
+    for k, camera in enumerate(ARGUMENTS["cameras"]):
+        picture = stock[f"{camera}_image"][::-1].transpose(2, 0, 1).astype(int)
+        assert np.abs(image[3 * k : 3 * k + 3] - picture).mean() < 3
+
+
+def test_skipping_unseen_geoms_changes_no_pixel(lift):
+    """What is not drawn because it is out of view would not have been seen, in any camera."""
+    lift.reset(seed=8)
+    lift.step(lift.action_space.sample())
+    renderer = lift._renderer
+    for camera in range(lift._task.sim.model.ncam):
+        quick = renderer._agent_picture(camera)
+        renderer._skip_unseen = False
+        np.testing.assert_array_equal(renderer._agent_picture(camera), quick)
+        renderer._skip_unseen = True
+
+
+def test_render_shows_the_scene_and_leaves_the_agents_pictures_alone(lift):
+    """render() shows cube, arm and foot in a large frame; the agent's next pictures don't change."""
+    expected = episode_from_seed(lift, 8, 6)
+    lift.np_random = np.random.default_rng(8)
+    rng = np.random.default_rng(6)
+    images = [lift.reset()[0]]
+    for _ in range(12):
+        frame = lift.render()
+        images.append(lift.step(rng.uniform(-1, 1, 7).astype(np.float32))[0])
+    np.testing.assert_array_equal(np.stack(images), expected[0])
+    assert frame.shape == (256, 256, 3) and frame.dtype == np.uint8
+    red, green, blue = frame.astype(int).transpose(2, 0, 1)
+    assert ((red > green + 40) & (red > blue + 40)).sum() > 50  # the cube
+    assert (frame.min(-1) > 230).sum() > 5000  # table and arm
+    assert (frame.max(-1) < 60).sum() > 2000  # the pedestal
