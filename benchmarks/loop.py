@@ -25,7 +25,7 @@ class GPU:
 
     QUERY = ("nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--id=0", "--loop=1")
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.process = subprocess.Popen(self.QUERY, stdout=subprocess.PIPE, text=True)
 
     def busy(self) -> float:
@@ -36,6 +36,7 @@ class GPU:
 
 
 def main() -> None:
+    """Run the program and print its speed."""
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
         quiet = ["--wandb", "disabled", "--eval_episodes", "1", "--eval_steps", "60", "--eval_every", "1000000000"]
@@ -57,7 +58,7 @@ def main() -> None:
         "train_every": config["train_every"],
         "env_steps_per_s": round(statistics.median(line["perf/env_steps_per_s"] for line in late), 2),
         "updates_per_s": round(statistics.median(line["perf/updates_per_s"] for line in late), 3),
-        "cpu_busy": round((used.ru_utime + used.ru_stime) / wall / os.cpu_count(), 2),
+        "cpu_busy": round((used.ru_utime + used.ru_stime) / wall / (os.cpu_count() or 1), 2),
         "cpus": os.cpu_count(),
         "gpu_busy": gpu.busy() if gpu else None,
         "wall_s": round(wall, 1),

@@ -7,24 +7,29 @@ Takes run.py's flags for sizes, precision and device. The last line is one JSON 
 """
 
 import argparse
-import contextlib
 import json
 import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import run
+import fast
 from buffer import Batch
+from runtime import cli
+from runtime.console import UserError
+from runtime.device import keep_freed_memory, pick_device, pick_precision
 from train import Config, Dreamer
 
 
 def random_batch(config: Config, channels: int, action_size: int, device: torch.device) -> Batch:
+    """Noise of the shapes that the replay hands out."""
     size = (config.batch_length, config.batch_size)
     is_first = torch.zeros(size, dtype=torch.bool)
     is_first[0] = True
@@ -39,6 +44,7 @@ def random_batch(config: Config, channels: int, action_size: int, device: torch.
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what it was told."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -51,11 +57,14 @@ class Profile:
         self.device = agent.device
         model, behavior = agent.world_model, agent.behavior
         parts = [
-            ("encoder", model.encoder, "forward"), ("observe", model.rssm, "observe"),
-            ("decoder", model.decoder, "forward"), ("reward head (both uses)", model.reward, "forward"),
+            ("encoder", model.encoder, "forward"),
+            ("observe", model.rssm, "observe"),
+            ("decoder", model.decoder, "forward"),
+            ("reward head (both uses)", model.reward, "forward"),
             ("imagination", model.rssm, "imagine"),
-            ("actor in imagination", behavior.actor, "raw"), ("actor and value losses", behavior, "loss"),
-        ]  # fmt: skip
+            ("actor in imagination", behavior.actor, "raw"),
+            ("actor and value losses", behavior, "loss"),
+        ]
         if model.discount is not None:
             parts.append(("discount head (both uses)", model.discount, "forward"))
         for name in ("model", "actor", "value"):
@@ -65,8 +74,8 @@ class Profile:
         for name, owner, method in parts:
             setattr(owner, method, self._timed(name, getattr(owner, method)))
 
-    def _timed(self, name, function):
-        def timed(*args, **kwargs):
+    def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
             synchronize(self.device)
             started = time.perf_counter()
             result = function(*args, **kwargs)
@@ -78,29 +87,32 @@ class Profile:
 
 
 def main() -> None:
+    """Time updates and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=10, help="timed updates, after five to warm up")
     parser.add_argument("--action_size", type=int, default=0, help="by default that of the controller")
+    parser.add_argument("--plain", action="store_true", help="without fast.py's overlay")
     parser.add_argument("--profile", action="store_true", help="show where the time goes")
     args, flags = parser.parse_known_args()
     try:
-        config, _, _ = run.parse_config(flags)
-    except run.UserError as error:
+        config = cli.parse(flags).config
+    except UserError as error:
         sys.exit(f"error: {error}")
-    run.keep_freed_memory()
-    device = run.pick_device(config.device)
-    dtype = run.pick_precision(config.precision, device)
+    keep_freed_memory()
+    device = pick_device(config.device)
+    dtype = pick_precision(config.precision, device)
     channels = 3 * len(config.cameras)
     action_size = args.action_size or (4 if config.controller == "OSC_POSITION" else 7)
     torch.manual_seed(0)
     agent = Dreamer(config, (channels, config.image_size, config.image_size), action_size, device, dtype)
+    if not args.plain:
+        fast.speed_up(agent)
     batch = random_batch(config, channels, action_size, device)
-    for i in range(5):  # on CUDA the fourth is captured as graphs
-        counter = FlopCounterMode(display=False) if i == 0 else contextlib.nullcontext()
-        with counter:
-            agent.train_step(batch)
-        if i == 0:
-            flops = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        agent.train_step(batch)
+    flops = counter.get_total_flops()
+    for _ in range(4):  # on CUDA the fourth is captured as graphs
+        agent.train_step(batch)
     profile = Profile(agent) if args.profile else None
     seconds = []
     for _ in range(args.updates):

@@ -1,5 +1,6 @@
 """Faults from outside for the tests of reliability: forked processes, environments that misbehave, damaged files."""
 
+import json
 import os
 import random
 import shutil
@@ -12,11 +13,17 @@ from pathlib import Path
 
 import numpy as np
 
-import checkpoint
 import run
 from fake_env import FakeEnv
-from test_run import TINY, metrics, newest
+from runtime import checkpoint
+from runtime.logger import Logger
 
+TINY = (
+    "--preset debug --cameras agentview --cnn_depth 2 --deter 8 --hidden 8 --stoch 4 --classes 4 --reward_units 8 "
+    "--discount_units 8 --actor_units 8 --value_units 8 --batch_size 2 --batch_length 5 --prefill 20 --pretrain 2 "
+    "--train_every 5 --steps 100 --episode_steps 20 --log_every 20 --eval_every 40 --video_every 40 --horizon 3 "
+    "--imagine_starts 4 --precision float32 --wandb disabled --device cpu"
+)
 # 8 episodes of 20 steps; training starts in the second, 40 updates; the replay wraps around in the fifth.
 SHORT = (
     "--steps 160 --prefill 30 --pretrain 8 --train_every 4 --capacity 90 --log_every 50 --eval_every 60 "
@@ -50,23 +57,33 @@ def train(run_dir: Path, flags: str = "", make_env=FakeEnv) -> int:
     return run.main([*TINY.split(), *SHORT.split(), *flags.split(), "--run_dir", str(run_dir)], make_env)
 
 
+def metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def newest(run_dir: Path) -> dict:
+    """The state in the newest checkpoint."""
+    return checkpoint.load_checkpoint(run_dir)[0]
+
+
 def without_videos(monkeypatch) -> None:
     """Encoding videos takes longer than all the rest of a tiny run, and decides nothing in it."""
-    monkeypatch.setattr(run.Logger, "video", lambda *_: None)
+    monkeypatch.setattr(Logger, "video", lambda *_: None)
 
 
 def fingerprint(run_dir: Path) -> dict:
-    """All that two equal runs have in common at their ends: the newest checkpoint and the metrics.
+    """All that two equal runs have in common at their ends: the newest checkpoint, the metrics, the replay's files.
 
     The replay's index names each episode by the hash of its rows.
     """
     state = newest(run_dir)
+    missing = [name for name, _, _ in state["replay"]["index"] if not (run_dir / "replay" / name).exists()]
     del state["config"]["run_dir"]
-    for name in ("metrics_size", "wandb_id"):  # depends on the length of the figures of speed
-        del state["progress"][name]
+    for name in ("size", "wandb_id"):  # depends on the length of the figures of speed
+        del state["logger"][name]
     measured = ("_per_s", "_gb", "share_env", "share_update", "share_eval", "share_video")  # the machine, not the run
     lines = [{name: value for name, value in line.items() if not name.endswith(measured)} for line in metrics(run_dir)]
-    return {"state": state, "metrics": lines}
+    return {"state": state, "metrics": lines, "missing": missing}
 
 
 def difference(a, b, path: str = "") -> str:
@@ -78,7 +95,8 @@ def difference(a, b, path: str = "") -> str:
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         if len(a) != len(b):
             return f"{path}: {len(a)} and {len(b)} entries"
-        return next((found for i, (x, y) in enumerate(zip(a, b, strict=True)) if (found := difference(x, y, f"{path}[{i}]"))), "")  # fmt: skip # noqa: E501
+        pairs = enumerate(zip(a, b, strict=True))
+        return next((found for i, (x, y) in pairs if (found := difference(x, y, f"{path}[{i}]"))), "")
     if hasattr(a, "numpy") and hasattr(b, "numpy"):
         equal = a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
         return "" if equal else f"{path}: tensors differ"

@@ -1,29 +1,38 @@
-"""Files that survive a crash: checkpoints, the replay on disk, the lock of a run folder."""
+"""Files that survive a crash: checkpoints, the replay on disk, policy files, and the lock of a run folder."""
 
 import builtins
 import errno
+import fcntl
 import io
+import math
 import os
 import random
 import shutil
+import stat
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import checkpoint
 from buffer import ReplayBuffer, Transition
-from checkpoint import CheckpointError, InUse, ReplayFiles, RunLock, load_checkpoint, save_checkpoint
-from faults import Fork, flip_bit
-from tiny import tiny_config, tiny_dreamer
+from fake_env import FakeEnv
+from faults import Fork, difference, flip_bit
+from runtime import checkpoint
+from runtime.checkpoint import Checkpointer, GlobalGenerators, ReplayFiles, RunFolder, load_checkpoint, save_checkpoint
+from runtime.console import Failure, StopSignals, UserError
+from runtime.evaluate import Evaluator
+from runtime.logger import Logger, Stopwatch, read_metrics
+from tiny import random_batch, seeded, tiny_config, tiny_dreamer
+from train import Config
 
 IMAGE_SHAPE = (3, 2, 2)
+CPU = torch.device("cpu")
 OS_CALLS = ("open", "fsync", "replace", "unlink", "rename", "utime", "mkdir")
 
 
 def some_state(step: int) -> dict:
-    return {"progress": {"step": step}, "weights": torch.arange(500.0) + step, "names": ["a", ("b", None)]}
+    return {"step": step, "collector": {}, "weights": torch.arange(500.0) + step, "names": ["a", ("b", None)]}
 
 
 def saved_steps(run_dir: Path) -> list[int]:
@@ -39,16 +48,63 @@ def add_episode(replay: ReplayBuffer, number: int, rows: int, env: int = 0, fini
         replay.finish(env, number)
 
 
-def replay_with_files(run_dir: Path, capacity: int = 50, num_envs: int = 1) -> tuple[ReplayBuffer, ReplayFiles]:
+def replay_with_files(
+    run_dir: Path, capacity: int = 50, num_envs: int = 1, enabled: bool = True
+) -> tuple[ReplayBuffer, ReplayFiles]:
     replay = ReplayBuffer(capacity, num_envs, IMAGE_SHAPE, 2, seed=5)
-    return replay, ReplayFiles(run_dir, replay, enabled=True)
+    return replay, ReplayFiles(run_dir, replay, enabled)
+
+
+def numbers(replay: ReplayBuffer, env: int = 0) -> list[int]:
+    return [episode.number for episode in replay.episodes[env]]
+
+
+def numbers_on_disk(files: ReplayFiles) -> list[int]:
+    return sorted(int(path.name.split("_")[1]) for path in files.folder.iterdir())
 
 
 def same_batches(one: ReplayBuffer, other: ReplayBuffer, length: int = 4) -> bool:
     """Whether the next batches are equal, bit by bit."""
-    other.rng.bit_generator.state = one.rng.bit_generator.state
     pairs = [(one.sample(8, length), other.sample(8, length)) for _ in range(5)]
     return all(torch.equal(a, b) for pair in pairs for a, b in zip(*pair, strict=True))
+
+
+class Part:
+    """A part of a run that is nothing but its state."""
+
+    def __init__(self, **state):
+        self.state = state
+
+    def state_dict(self) -> dict:
+        return dict(self.state)
+
+    def load_state_dict(self, state: dict) -> None:
+        self.state = dict(state)
+
+
+class FakeAgent(Part):
+    device, autocast_dtype = CPU, None
+    skipped, bad = 0, None
+
+    def skipped_in_a_row(self) -> int:
+        return self.skipped
+
+    def non_finite(self) -> str | None:
+        return self.bad
+
+
+def checkpointer_of(run_dir: Path, agent=None, files: ReplayFiles | None = None) -> Checkpointer:
+    """Of a run that is made of an agent, a replay, a collector and the metrics."""
+    agent = agent or FakeAgent(weights=torch.arange(500.0))
+    files = files or replay_with_files(run_dir)[1]
+    log, collector = Logger(run_dir, {}, "disabled"), Part(restarts=0)
+    return Checkpointer(
+        run_dir, tiny_config(), agent, files, log, collector=collector, generators=GlobalGenerators(CPU)
+    )
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 # ------------------------------------------------------------------------------------------ checkpoints
@@ -59,7 +115,7 @@ def test_the_last_two_checkpoints_and_the_best_are_kept(tmp_path):
     for step, best in ((10, -1), (20, 20), (30, 20), (40, 20), (50, 50), (60, 50), (70, 50)):
         save_checkpoint(tmp_path, step, some_state(step), best)
     assert saved_steps(tmp_path) == [70, 60, 50]
-    assert load_checkpoint(tmp_path)[0]["progress"]["step"] == 70
+    assert load_checkpoint(tmp_path)[0]["step"] == 70
     assert not list(tmp_path.glob(".*"))
 
 
@@ -95,7 +151,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(how, tmp_path):
         newest = save_checkpoint(tmp_path, step, some_state(step))
     damage(newest, how)
     state, path, damaged = load_checkpoint(tmp_path)
-    assert state["progress"]["step"] == 10 and torch.equal(state["weights"], some_state(10)["weights"])
+    assert state["step"] == 10 and torch.equal(state["weights"], some_state(10)["weights"])
     assert path != newest and len(damaged) == 1 and newest.name in damaged[0]
 
 
@@ -108,9 +164,9 @@ def test_random_single_bit_flips_are_detected(tmp_path):
         newest.write_bytes(good)
         flip_bit(newest, bits.randrange(8 * len(good)))
         state, _, damaged = load_checkpoint(tmp_path)
-        assert state["progress"]["step"] == 10 and len(damaged) == 1
+        assert state["step"] == 10 and len(damaged) == 1
     newest.write_bytes(good)
-    assert load_checkpoint(tmp_path)[0]["progress"]["step"] == 20
+    assert load_checkpoint(tmp_path)[0]["step"] == 20
 
 
 def test_all_damaged_is_an_error_that_names_them(tmp_path):
@@ -118,7 +174,7 @@ def test_all_damaged_is_an_error_that_names_them(tmp_path):
     paths = [save_checkpoint(tmp_path, step, some_state(step)) for step in (10, 20)]
     for path in paths:
         flip_bit(path, 99)
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(Failure) as error:
         load_checkpoint(tmp_path)
     assert all(path.name in str(error.value) for path in paths)
 
@@ -128,8 +184,10 @@ def test_damaged_newer_checkpoints_do_not_count_among_the_last_two(tmp_path):
     for step in (10, 20, 30):
         newest = save_checkpoint(tmp_path, step, some_state(step))
     flip_bit(newest, 999)
-    _, path, _ = load_checkpoint(tmp_path)
-    checkpoint.cut_back(tmp_path, path)
+    folder = RunFolder(tmp_path)
+    assert folder.newest()["step"] == 20
+    folder.claim(tiny_config())
+    folder.release()
     for step in (24, 28):
         save_checkpoint(tmp_path, step, some_state(step))
     assert saved_steps(tmp_path) == [28, 24]
@@ -146,36 +204,34 @@ class Payload:
         return os.mkdir, (str(self.path),)
 
 
-def test_an_older_policy_acts_as_it_did(tmp_path):
-    """A file that doesn't name a newer constant gets what was done before there was one, not today's default."""
-    config = tiny_config()
-    saved = torch.load(io.BytesIO(checkpoint.policy_file(tiny_dreamer(config).policy, config)), weights_only=True)
-    for name in checkpoint.OLDER_CONSTANTS:
-        del saved["config"][name]
-    torch.save(saved, tmp_path / "policy.pt")
-    policy, loaded = checkpoint.load_policy(tmp_path / "policy.pt")
-    assert (loaded.rotation_scale, loaded.eval_steps, loaded.eval_action) == (1.0, 0, "mode")
-    assert policy.eval_action == "mode"
-
-
-def test_no_file_can_run_code(tmp_path):
+def test_no_file_can_run_code(tmp_path, capsys):
     """A pickle with a payload, rightly named, is refused as a checkpoint, as a policy and as an episode."""
     owned = tmp_path / "owned"
-    save_checkpoint(tmp_path, 10, {"progress": Payload(owned)})
-    with pytest.raises(CheckpointError, match="refused"):
+    save_checkpoint(tmp_path, 10, {"step": Payload(owned)})
+    with pytest.raises(Failure, match="refused"):
         load_checkpoint(tmp_path)
     torch.save({"config": Payload(owned)}, tmp_path / "policy.pt")
-    with pytest.raises(CheckpointError, match="no policy"):
+    with pytest.raises(UserError, match="no policy"):
         checkpoint.load_policy(tmp_path / "policy.pt")
 
     replay, files = replay_with_files(tmp_path)
+    state = files.state_dict()
     files.folder.mkdir()
     np.savez(tmp_path / "evil.npz", reward=np.array([Payload(owned)], object))
     data = (tmp_path / "evil.npz").read_bytes()
     name = f"episode_0000000_{checkpoint._digest(data)}.npz"
     (files.folder / name).write_bytes(data)
-    assert "refused" in files.restore([(name, 0, 5)], 1)[0]
+    files.load_state_dict(state | {"index": [(name, 0, 5)], "next": 1})
+    out = capsys.readouterr().out
+    assert "warning: 1 of 1 replay episodes skipped: " in out and "refused" in out
     assert not owned.exists() and len(replay) == 0
+
+
+def test_a_checkpoint_of_another_release_is_refused(tmp_path):
+    """One line names the file and says that another release made it."""
+    path = save_checkpoint(tmp_path, 10, {"progress": {"step": 10}})
+    with pytest.raises(Failure, match=f"{path.name} is from another release"):
+        RunFolder(tmp_path).newest()
 
 
 def test_a_snapshot_shares_no_memory():
@@ -188,6 +244,191 @@ def test_a_snapshot_shares_no_memory():
     assert copy["a"][1][1] == 5 and copy["b"] is None
 
 
+# ------------------------------------------------------------------------------------------ the checkpointer
+
+
+def test_what_is_held_is_written_once_and_no_later_update_changes_it(tmp_path):
+    """`save` writes the state as of `hold`, and nothing where that is done."""
+    agent = FakeAgent(weights=torch.zeros(5))
+    saver = checkpointer_of(tmp_path, agent)
+    saver.save()
+    assert saved_steps(tmp_path) == []
+    saver.hold(10, -1, last=False)
+    agent.state["weights"] += 1
+    saver.save()
+    assert torch.equal(load_checkpoint(tmp_path)[0]["agent"]["weights"], torch.zeros(5))
+    (path,) = checkpoint.list_checkpoints(tmp_path)
+    written = path.stat().st_mtime_ns
+    saver.save()
+    assert checkpoint.list_checkpoints(tmp_path) == [path] and path.stat().st_mtime_ns == written
+
+
+def test_training_after_a_resume_does_not_change_what_is_held(tmp_path):
+    """If the environments fail before the first episode's end, the state is saved as it was loaded."""
+    config = tiny_config()
+    agent = tiny_dreamer(config)
+    agent.train_step(random_batch(config))
+    saver = checkpointer_of(tmp_path, agent)
+    saver.hold(10, -1, last=False)
+    saver.save()
+    before = load_checkpoint(tmp_path)[0]
+
+    other = tiny_dreamer(config, seed=1)
+    again = checkpointer_of(tmp_path, other)
+    again.restore(load_checkpoint(tmp_path)[0])
+    for seed in range(2):
+        other.train_step(random_batch(config, seed))
+    again.save(env_failed=True)
+    after = load_checkpoint(tmp_path)[0]
+    assert difference(after["agent"], before["agent"]) == ""
+    assert (before["collector"]["restarts"], after["collector"]["restarts"]) == (0, 1)
+
+
+def test_right_after_a_skipped_update_the_state_before_it_is_kept(tmp_path, capsys):
+    """Unless the run ends there."""
+    agent = FakeAgent(weights=torch.zeros(5))
+    saver = checkpointer_of(tmp_path, agent)
+    saver.hold(10, -1, last=False)
+    agent.skipped = 3
+    saver.hold(20, -1, last=False)
+    assert saver.held_step == 10
+    assert capsys.readouterr().out == "warning: 3 update(s) just skipped for a NaN: the state before that is kept\n"
+    saver.hold(20, -1, last=True)
+    assert saver.held_step == 20
+
+
+def test_what_is_not_finite_ends_the_run_by_its_name(tmp_path):
+    """Nothing of it is held."""
+    agent = FakeAgent(weights=torch.zeros(5))
+    saver = checkpointer_of(tmp_path, agent)
+    saver.hold(10, -1, last=False)
+    agent.bad = "behavior.actor.out.bias"
+    with pytest.raises(Failure, match="step 20: behavior.actor.out.bias is not finite"):
+        saver.hold(20, -1, last=True)
+    assert saver.held_step == 10
+
+
+@pytest.mark.parametrize("where", ["episode", "checkpoint"])
+def test_a_disk_that_refuses_costs_one_warning_an_outage(where, tmp_path, monkeypatch, capsys):
+    """What was saved stays, the run is told when the disk takes files again, and then nothing is missing."""
+    replay, files = replay_with_files(tmp_path)
+    saver = checkpointer_of(tmp_path, files=files)
+
+    def episode(number: int) -> None:
+        add_episode(replay, number, 6)
+        saver.hold(10 * number, -1, last=False)
+        saver.save()
+
+    episode(1)
+    write = checkpoint.write_file
+    for number in (2, 4):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                checkpoint, "write_file", lambda path, data: full() if where in path.name else write(path, data)
+            )
+            episode(number)
+            episode(number + 1)
+        assert saved_steps(tmp_path)[0] == (10 if number == 2 else 35)
+        saver.hold(10 * number + 15, -1, last=False)
+        saver.save()
+        out = capsys.readouterr().out.splitlines()
+        assert out == [
+            f"warning: {tmp_path} can't be written to, training goes on: [Errno 28] No space left on device",
+            f"step {10 * number + 15}: saved again",
+        ]
+    restored, again = replay_with_files(tmp_path)
+    again.load_state_dict(load_checkpoint(tmp_path)[0]["replay"])
+    assert numbers(restored) == [1, 2, 3, 4, 5]
+
+
+def test_a_state_that_does_not_fit_is_refused_with_the_parts_name(tmp_path):
+    """Another network's weights, or a part that was not saved."""
+    saver = checkpointer_of(tmp_path, tiny_dreamer(tiny_config()))
+    saver.hold(10, -1, last=False)
+    with pytest.raises(Failure, match="does not fit this release or environment: agent: "):
+        checkpointer_of(tmp_path, tiny_dreamer(tiny_config(hidden=8))).restore(saver.held)
+    del saver.held["collector"]
+    with pytest.raises(Failure, match="does not fit this release or environment: collector"):
+        saver.restore(saver.held)
+
+
+def test_what_makes_a_resumed_run_another_is_said(tmp_path, capsys):
+    """The saved and the present value of each thing that decides the last bits."""
+    saver = checkpointer_of(tmp_path)
+    saver.hold(10, -1, last=False)
+    saver.restore(saver.held)
+    assert "bit for bit" not in capsys.readouterr().out
+    saver.held["versions"] |= {"torch": "1.0", "threads": 64}
+    saver.restore(saver.held)
+    line = capsys.readouterr().out
+    assert line.startswith("warning: this will not be bit for bit the run that was saved: torch 1.0 -> ")
+    assert f"threads 64 -> {torch.get_num_threads()}" in line
+
+
+def through_a_file(state: dict) -> dict:
+    """The state as a checkpoint gives it back."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint.snapshot(state), buffer)
+    return torch.load(io.BytesIO(buffer.getvalue()), map_location="cpu", weights_only=True)
+
+
+def test_an_agent_learns_on_as_it_would_have():
+    """Weights, moments, skips, return range and counters: the next update is the same bit for bit."""
+    config = tiny_config(return_norm=True)
+    agent, other = tiny_dreamer(config), tiny_dreamer(config, seed=1)
+    for seed in range(3):
+        agent.train_step(random_batch(config, seed))
+    agent.model_optimizer.skipped += 2
+    other.load_state_dict(through_a_file(agent.state_dict()))
+    assert difference(other.state_dict(), agent.state_dict()) == ""
+    found = []
+    for one in (agent, other):
+        torch.manual_seed(9)
+        found.append((one.train_step(random_batch(config, 7)), one.state_dict()))
+    assert difference(*found) == ""
+
+
+def test_an_evaluator_remembers_its_evaluations(tmp_path, capsys):
+    """What was evaluated and filmed, and the best; but after a change of evaluations none of those is the best."""
+    config = tiny_config(eval_action="mean")
+
+    def evaluator_of(config: Config) -> Evaluator:
+        return Evaluator(config, FakeAgent(), FakeEnv, tmp_path, None, Stopwatch(), StopSignals(), None)
+
+    evaluator = evaluator_of(config)
+    names = ("evaluated", "filmed", "best", "best_step", "best_success", "incomplete")
+    for number, name in enumerate(names, start=1):
+        setattr(evaluator, name, number)
+    again = evaluator_of(config)
+    again.load_state_dict(through_a_file(evaluator.state_dict()))
+    assert [getattr(again, name) for name in names] == [1, 2, 3, 4, 5, 6] and capsys.readouterr().out == ""
+    assert again.state_dict() == evaluator.state_dict()
+    changed = evaluator_of(tiny_config(eval_action="mode"))
+    changed.load_state_dict(through_a_file(evaluator.state_dict()))
+    assert (changed.best, changed.best_step, changed.evaluated) == (-math.inf, -1, 1)
+    assert "evaluations can't be compared" in capsys.readouterr().out
+
+
+def test_the_global_generators_go_on():
+    """torch's, Python's and NumPy's draw on as they would have; the state survives a checkpoint's file."""
+    generators = GlobalGenerators(CPU)
+
+    def draws() -> tuple:
+        return torch.rand(3).tolist(), random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn()
+
+    generators.seed(3)
+    first = draws()
+    generators.seed(3)
+    assert draws() == first
+    generators.seed(4)
+    draws()  # NumPy and Python each keep a second normal draw for the next call
+    state = through_a_file(generators.state_dict())
+    expected = draws()
+    generators.seed(5)
+    generators.load_state_dict(state)
+    assert draws() == expected != first
+
+
 # ------------------------------------------------------------------------------------------ replay on disk
 
 
@@ -198,9 +439,10 @@ def test_a_restored_replay_samples_what_the_first_would_have(episodes, tmp_path)
     for number in range(episodes):
         add_episode(replay, number, 7 + number % 4)
         files.write()
+        replay.sample(2, 4)
     restored, again = replay_with_files(tmp_path)
-    assert again.restore(files.index(), episodes) == []
-    assert len(restored) == len(replay) and again.index() == files.index()
+    again.load_state_dict(files.state_dict())
+    assert len(restored) == len(replay) and again.state_dict() == files.state_dict()
     assert same_batches(replay, restored)
     for number in range(episodes, episodes + 9):
         for one in (replay, restored):
@@ -210,14 +452,16 @@ def test_a_restored_replay_samples_what_the_first_would_have(episodes, tmp_path)
             one.finish(0, number)
 
 
-def test_a_restored_replay_of_several_envs_samples_the_same(tmp_path):
-    """Each ring gets its own episodes back."""
+def test_a_restored_replay_of_several_envs_samples_the_same(tmp_path, capsys):
+    """Each ring gets its own episodes back; that running ones are lost is said."""
     replay, files = replay_with_files(tmp_path, capacity=60, num_envs=3)
     for number in range(15):
         add_episode(replay, number, 6 + number % 5, env=number % 3)
     files.write()
     restored, again = replay_with_files(tmp_path, capacity=60, num_envs=3)
-    assert again.restore(files.index(), 15) == [] and same_batches(replay, restored)
+    again.load_state_dict(files.state_dict())
+    assert again.state_dict() == files.state_dict() and same_batches(replay, restored)
+    assert capsys.readouterr().out == "environments whose episodes were running at the checkpoint start new ones\n"
 
 
 def test_running_episodes_are_left_out(tmp_path):
@@ -226,36 +470,84 @@ def test_running_episodes_are_left_out(tmp_path):
     add_episode(replay, 0, 6, env=0)
     add_episode(replay, 0, 9, env=1, finish=False)
     files.write()
-    assert [(env, rows) for _, env, rows in files.index()] == [(0, 6)]
+    assert [(env, rows) for _, env, rows in files.state_dict()["index"]] == [(0, 6)]
     assert len(list(files.folder.iterdir())) == 1
 
 
-def test_other_capacities_and_numbers_of_envs_keep_what_fits(tmp_path):
-    """A smaller replay keeps the newest rows; episodes of environments that are gone go to those that are left."""
+def test_a_smaller_replay_and_fewer_envs_keep_the_newest_rows(tmp_path, capsys):
+    """Episodes of environments that are gone go to those that are left; the oldest lose rows, or their place."""
     replay, files = replay_with_files(tmp_path, num_envs=2)
     for number in range(4):
         add_episode(replay, number, 10, env=number % 2)
     files.write()
     small, again = replay_with_files(tmp_path, capacity=14)
-    assert again.restore(files.index(), 4) == []
-    assert len(small) == 14 and [(e.number, e.length) for e in small.episodes[0]] == [(1, 4), (3, 10)]
+    again.load_state_dict(files.state_dict())
+    assert len(small) == 14 and [(e.number, e.length) for e in small.episodes[0]] == [(2, 4), (3, 10)]
+    assert capsys.readouterr().out == "warning: 2 of 4 replay episodes, the oldest, do not fit any more\n"
+    rows = small.export(0, small.episodes[0][0])["action"]
+    assert rows[:, 0].tolist() == [2.0] * 4 and rows[:, 1].tolist() == [6.0, 7.0, 8.0, 9.0]
+
+
+def test_more_envs_share_the_episodes_newest_last(tmp_path, capsys):
+    """All that fit are kept, spread over the rings, and each ring forgets its oldest first."""
+    replay, files = replay_with_files(tmp_path, capacity=60)
+    for number in range(5):
+        add_episode(replay, number, 10)
+    files.write()
+    more, again = replay_with_files(tmp_path, capacity=60, num_envs=3)
+    again.load_state_dict(files.state_dict())
+    assert [numbers(more, env) for env in range(3)] == [[1, 4], [0, 3], [2]]
+    assert "do not fit" not in capsys.readouterr().out
+    more.sample(4, 4)
+
+
+def test_a_replay_that_is_not_saved_is_said_to_be_filled_anew(tmp_path, capsys):
+    """Switched off, no file is written, and the state lists none."""
+    replay, files = replay_with_files(tmp_path, enabled=False)
+    add_episode(replay, 0, 6)
+    files.write()
+    assert files.state_dict()["index"] == [] and not files.folder.exists()
+    restored, again = replay_with_files(tmp_path, enabled=False)
+    again.load_state_dict(files.state_dict())
+    assert len(restored) == 0 and "the replay was not saved" in capsys.readouterr().out
 
 
 def test_a_file_is_deleted_only_when_the_last_two_checkpoints_need_it_no_more(tmp_path):
     """A full replay's disk is bounded, and each of the last two checkpoints finds all of its episodes."""
     replay, files = replay_with_files(tmp_path)
-    indices = []
+    states = []
     for number in range(30):
         add_episode(replay, number, 10)
         files.write()
-        indices.append((files.index(), number + 1))
-        files.prune(*indices[-1])
+        states.append(files.state_dict())
+        files.prune()
         there = {path.name for path in files.folder.iterdir()}
-        assert all(name in there for index, _ in indices[-2:] for name, _, _ in index)
+        assert all(name in there for state in states[-2:] for name, _, _ in state["index"])
         assert len(there) <= 50 // 10 + 1
+    needed = {name for name, _, _ in states[-2]["index"]}
     restored, again = replay_with_files(tmp_path)
-    assert again.restore(*indices[-2]) == []
-    assert len(restored) == 50 and {path.name for path in files.folder.iterdir()} >= {x[0] for x in indices[-2][0]}
+    again.load_state_dict(states[-2])
+    assert len(restored) == 50 and {path.name for path in files.folder.iterdir()} >= needed
+
+
+def test_after_a_resume_the_checkpoint_before_still_finds_its_episodes(tmp_path):
+    """Also if fewer fit than it lists: the newest checkpoint may yet turn out to be damaged."""
+    replay, files = replay_with_files(tmp_path)
+    for number in range(5):
+        add_episode(replay, number, 10)
+    files.write()
+    state = files.state_dict()
+    files.prune()
+    small, again = replay_with_files(tmp_path, capacity=20, num_envs=2)
+    again.load_state_dict(state)
+    add_episode(small, 5, 10)
+    again.write()
+    again.state_dict()
+    again.prune()
+    assert numbers_on_disk(again) == [0, 1, 2, 3, 4, 5]
+    again.state_dict()
+    again.prune()
+    assert numbers_on_disk(again) == [3, 4, 5]
 
 
 def test_a_resume_deletes_episodes_that_came_after_the_checkpoint(tmp_path):
@@ -265,21 +557,21 @@ def test_a_resume_deletes_episodes_that_came_after_the_checkpoint(tmp_path):
         add_episode(replay, number, 6)
         files.write()
         if number == 1:
-            index = files.index()
+            state = files.state_dict()
     restored, again = replay_with_files(tmp_path)
-    again.restore(index, 2)
-    assert sorted(int(path.name.split("_")[1]) for path in files.folder.iterdir()) == [0, 1]
-    assert [e.number for e in restored.episodes[0]] == [0, 1]
+    again.load_state_dict(state)
+    assert numbers_on_disk(files) == numbers(restored) == [0, 1]
 
 
 @pytest.mark.parametrize("how", ["empty", "cut 0.5", "no zip", "bit", "missing", "directory", "other shape"])
-def test_a_damaged_or_missing_episode_is_skipped_and_named(how, tmp_path):
+def test_a_damaged_or_missing_episode_is_skipped_and_named(how, tmp_path, capsys):
     """The others are loaded, and sampling works."""
     replay, files = replay_with_files(tmp_path)
     for number in range(4):
         add_episode(replay, number, 6)
     files.write()
-    index = files.index()
+    state = files.state_dict()
+    index = state["index"]
     path = files.folder / index[1][0]
     if how == "missing":
         path.unlink()
@@ -293,9 +585,10 @@ def test_a_damaged_or_missing_episode_is_skipped_and_named(how, tmp_path):
     else:
         damage(path, how)
     restored, again = replay_with_files(tmp_path)
-    lost = again.restore(index, 4)
-    assert len(lost) == 1 and index[1][0] in lost[0]
-    assert len(restored) == 18 and [e.number for e in restored.episodes[0]] == [0, 2, 3]
+    again.load_state_dict(state)
+    out = capsys.readouterr().out
+    assert out.startswith("warning: 1 of 4 replay episodes skipped: ") and out.count("\n") == 1 and index[1][0] in out
+    assert len(restored) == 18 and numbers(restored) == [0, 2, 3]
     restored.sample(4, 4)
 
 
@@ -303,10 +596,6 @@ def test_an_episode_that_could_not_be_written_is_written_later(tmp_path, monkeyp
     """An error of the disk reaches the caller, leaves nothing half-written, and loses nothing."""
     replay, files = replay_with_files(tmp_path)
     add_episode(replay, 0, 6)
-
-    def full(_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space"):
@@ -314,7 +603,47 @@ def test_an_episode_that_could_not_be_written_is_written_later(tmp_path, monkeyp
     assert list(files.folder.iterdir()) == []
     add_episode(replay, 1, 6)
     files.write()
-    assert [int(name.split("_")[1]) for name, _, _ in files.index()] == [0, 1]
+    assert [int(name.split("_")[1]) for name, _, _ in files.state_dict()["index"]] == [0, 1]
+
+
+# ------------------------------------------------------------------------------------------ policy files
+
+
+def test_a_policy_file_gives_back_the_policy_and_its_configuration(tmp_path):
+    """It acts as it did, bit for bit; what else was saved beside it is there, and where it was learnt is not."""
+    config = tiny_config(run_dir="/home/somebody/run", eval_action="mode")
+    policy = tiny_dreamer(config).policy.eval()
+    (tmp_path / "policy.pt").write_bytes(checkpoint.policy_file(policy, config, env_step=40, success=0.5))
+    loaded, known = checkpoint.load_policy(tmp_path / "policy.pt")
+    assert known == tiny_config(eval_action="mode") and not loaded.training
+    image = random_batch(config).image[0]
+    is_first = torch.ones(len(image), dtype=torch.bool)
+    with torch.no_grad():
+        (action, state), (expected, known_state) = (
+            one(image, None, is_first, seeded(), deterministic=True) for one in (loaded, policy)
+        )
+    assert torch.equal(action, expected)
+    assert all(torch.equal(a, b) for a, b in zip(state.latent, known_state.latent, strict=True))
+    saved = torch.load(tmp_path / "policy.pt", weights_only=True)
+    assert (saved["env_step"], saved["success"]) == (40, 0.5)
+
+
+@pytest.mark.parametrize("change", ["constant missing", "constant unknown", "weight missing"])
+def test_a_policy_file_of_another_release_is_refused_in_one_line(change, tmp_path):
+    """Nothing is guessed: neither a constant that it does not name, nor a weight."""
+    config = tiny_config()
+    saved = torch.load(io.BytesIO(checkpoint.policy_file(tiny_dreamer(config).policy, config)), weights_only=True)
+    if change == "weight missing":
+        saved["weights"].popitem()
+    elif change == "constant unknown":
+        saved["config"]["warp"] = 9
+    else:
+        del saved["config"]["eval_action"]
+    torch.save(saved, tmp_path / "policy.pt")
+    with pytest.raises(UserError, match="policy.pt is no policy file of this release"):
+        checkpoint.load_policy(tmp_path / "policy.pt")
+    with pytest.raises(UserError, match="there is no policy file"):
+        checkpoint.load_policy(tmp_path / "nothing.pt")
 
 
 # ------------------------------------------------------------------------------------------ crashes
@@ -372,12 +701,12 @@ def test_a_crash_at_any_point_of_a_save_leaves_the_old_or_the_new_state(tmp_path
     """Before and after each open, write, fsync, rename and unlink: what is found next is whole, replay included."""
     capacity = 30
 
-    def save(step: int, run_dir: Path, replay: ReplayBuffer, files: ReplayFiles) -> None:
+    def save(step: int, replay: ReplayBuffer, saver: Checkpointer) -> None:
         add_episode(replay, step, 10)
-        files.write()
-        state = some_state(step) | {"replay": files.index()}
-        save_checkpoint(run_dir, step, state, best_step=1)
-        files.prune(state["replay"], step + 1)
+        saver.agent.state["weights"] = torch.arange(500.0) + step
+        saver.logger.scalars(step, {"episode/return": 1.0})
+        saver.hold(step, 1, last=False)
+        saver.save()
 
     seen, point = set(), 0
     while True:
@@ -385,22 +714,36 @@ def test_a_crash_at_any_point_of_a_save_leaves_the_old_or_the_new_state(tmp_path
         run_dir = tmp_path / str(point)
         run_dir.mkdir()
         replay, files = replay_with_files(run_dir, capacity)
+        saver = checkpointer_of(run_dir, files=files)
         for step in range(6):
-            save(step, run_dir, replay, files)
+            save(step, replay, saver)
 
-        def crashing(last=point, run_dir=run_dir, replay=replay, files=files) -> int:
+        def crashing(last=point, replay=replay, saver=saver) -> int:
             crash_at(last, monkeypatch)
-            save(6, run_dir, replay, files)
+            save(6, replay, saver)
             return 0
 
         code, output = Fork(crashing).finish(20)
         assert code in (0, 77), output
-        checkpoint.remove_leftovers(run_dir)
-        state, _, damaged = load_checkpoint(run_dir)
-        step = state["progress"]["step"]
-        assert not damaged and step in (5, 6) and torch.equal(state["weights"], some_state(step)["weights"])
+        saver.logger.close()
+        folder = RunFolder(run_dir)
+        state = folder.newest()
+        folder.claim(tiny_config())
+        step = state["step"]
+        assert step in (5, 6) and torch.equal(state["agent"]["weights"], torch.arange(500.0) + step)
+        assert saved_steps(run_dir)[:2] == [step, step - 1] and 1 in saved_steps(run_dir)
+        assert not list(run_dir.rglob(".*"))
+        Logger(run_dir, {}, "disabled", state["logger"]).close()
+        assert [line["env_step"] for line in read_metrics(run_dir)[0]] == list(range(step + 1))
         restored, again = replay_with_files(run_dir, capacity)
-        assert again.restore(state["replay"], step + 1) == [] and len(restored) == capacity
+        again.load_state_dict(state["replay"])
+        assert numbers(restored) == [step - 2, step - 1, step] and len(restored) == capacity
+        before = load_before(run_dir)
+        assert before["step"] == step - 1
+        older, again = replay_with_files(run_dir, capacity)
+        again.load_state_dict(before["replay"])
+        assert numbers(older) == [step - 3, step - 2, step - 1] and len(older) == capacity
+        folder.release()
         seen.add(step)
         shutil.rmtree(run_dir)
         if code == 0:
@@ -409,7 +752,13 @@ def test_a_crash_at_any_point_of_a_save_leaves_the_old_or_the_new_state(tmp_path
     assert seen == {5, 6} and point > 20
 
 
-# ------------------------------------------------------------------------------------------ the lock
+def load_before(run_dir: Path) -> dict:
+    """The state of the checkpoint before the newest, as if that were damaged."""
+    flip_bit(checkpoint.list_checkpoints(run_dir)[0], 99)
+    return load_checkpoint(run_dir)[0]
+
+
+# ------------------------------------------------------------------------------------------ the run folder
 
 
 def test_a_run_folder_is_one_processs_until_it_ends(tmp_path):
@@ -417,21 +766,129 @@ def test_a_run_folder_is_one_processs_until_it_ends(tmp_path):
     ready, go = os.pipe()
 
     def hold():
-        held = RunLock(tmp_path)
-        held.acquire()
+        folder = RunFolder(tmp_path)
         os.write(go, b"x")
         os.read(os.pipe()[0], 1)  # waits for ever
+        folder.release()
 
     holder = Fork(hold)
     os.read(ready, 1)
-    lock = RunLock(tmp_path)
-    with pytest.raises(InUse, match=f"process {holder.pid}"):
-        lock.acquire()
+    with pytest.raises(Failure, match=f"is in use by process {holder.pid}: one run, one process"):
+        RunFolder(tmp_path)
     os.kill(holder.pid, 9)
     assert holder.finish(5)[0] == -9
-    lock.acquire()
-    lock.acquire()
-    lock.release()
-    other = RunLock(tmp_path)
-    other.acquire()
-    other.release()
+    folder = RunFolder(tmp_path)
+    folder.claim(tiny_config())  # which asks for the lock again
+    folder.release()
+    RunFolder(tmp_path).release()
+
+
+def test_a_folder_that_another_process_made_in_the_meantime_is_refused(tmp_path):
+    """Between the first look and the claim lie the seconds that environments take to build."""
+    path = tmp_path / "run"
+    late = RunFolder(path)
+    assert late.newest() is None and not path.exists()
+    first = RunFolder(path)
+    first.claim(tiny_config())
+    with pytest.raises(Failure, match=f"is in use by process {os.getpid()}"):
+        late.claim(tiny_config())
+    save_checkpoint(path, 10, some_state(10))
+    first.release()
+    with pytest.raises(Failure, match="got a checkpoint from another process just now"):
+        late.claim(tiny_config())
+    late.release()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.EINVAL])
+def test_a_file_system_without_locks_costs_a_warning(code, tmp_path, monkeypatch, capsys):
+    """Told once in a process; the run goes on, and its folder can be released."""
+
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(checkpoint, "_told", set())
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    for _ in range(2):
+        folder = RunFolder(tmp_path)
+        folder.claim(tiny_config())
+        folder.release()
+    out = capsys.readouterr().out
+    assert out.count("warning: this file system has no locks") == out.count("\n") == 1
+    assert f"nothing keeps a second process out of {tmp_path}" in out
+
+
+def test_a_lock_that_fails_otherwise_is_told_in_one_line(tmp_path, monkeypatch):
+    """Such as an error of the disk: that is no lack of the file system."""
+
+    def broken(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", broken)
+    with pytest.raises(UserError, match="can't be locked: Input/output error"):
+        RunFolder(tmp_path)
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EBADF])
+def test_a_file_system_that_syncs_no_folder_costs_a_warning(code, tmp_path, monkeypatch, capsys):
+    """Told once in a process; the file is there."""
+    fsync_of_folders_fails(code, monkeypatch)
+    for text in (b"one", b"two"):
+        checkpoint.write_file(tmp_path / "a", text)
+    assert (tmp_path / "a").read_bytes() == b"two"
+    out = capsys.readouterr().out
+    assert out.count("warning: this file system can't sync a folder") == out.count("\n") == 1
+
+
+def test_a_folder_whose_sync_fails_is_no_saved_state(tmp_path, monkeypatch):
+    """An error of the disk reaches the caller."""
+    fsync_of_folders_fails(errno.EIO, monkeypatch)
+    with pytest.raises(OSError, match="Input/output error"):
+        checkpoint.write_file(tmp_path / "a", b"one")
+
+
+def fsync_of_folders_fails(code: int, monkeypatch) -> None:
+    fsync = os.fsync
+
+    def some(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        fsync(descriptor)
+
+    monkeypatch.setattr(checkpoint, "_told", set())
+    monkeypatch.setattr(os, "fsync", some)
+
+
+def test_a_path_that_can_be_no_run_folder_is_refused(tmp_path):
+    """A file, something below a file, a name that is too long, a link into nowhere, a folder of something else."""
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter.txt").write_text("x")
+    paths = {
+        "file": "is not a folder that can be written to",
+        "file/run": "is not a folder that can be written to|Not a directory",
+        "x" * 300: "File name too long",
+        "link": "it is a link to .*gone, which does not exist",
+        "home": "is not empty and no run folder: choose another",
+    }
+    for name, reason in paths.items():
+        with pytest.raises(UserError, match=reason):
+            RunFolder(tmp_path / name)
+    assert {path.name for path in tmp_path.rglob("*")} == {"file", "link", "home", "letter.txt"}
+
+
+def test_what_a_run_without_checkpoints_has_left_is_set_aside(tmp_path, capsys):
+    """Whole, and once for each such run; leftovers of a crash are deleted, and an empty start moves nothing."""
+    for number in (1, 2):
+        folder = RunFolder(tmp_path)
+        folder.claim(tiny_config())
+        folder.release()
+        (tmp_path / "metrics.jsonl").write_text(f"{number}")
+        (tmp_path / "replay").mkdir()
+        (tmp_path / "replay" / ".episode.tmp").write_text("x")
+        (tmp_path / ".checkpoint.tmp").write_text("x")
+    RunFolder(tmp_path).claim(tiny_config())
+    assert [(tmp_path / f"earlier_{n}" / "metrics.jsonl").read_text() for n in (1, 2)] == ["1", "2"]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"config.json", "lock", "earlier_1", "earlier_2"} and not list(tmp_path.rglob(".*"))
+    assert capsys.readouterr().out.count("starting afresh") == 2

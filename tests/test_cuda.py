@@ -6,15 +6,18 @@ from dataclasses import replace
 import torch
 
 from buffer import ReplayBuffer, Transition
+from fast import speed_up
+from runtime.device import compare_with_cpu
 from tiny import ACTION_SIZE, random_batch, tiny_config, tiny_dreamer
-from train import Config, Dreamer, compare_with_cpu
+from train import Config, Dreamer
 
 UPDATES = 8
 
 
-def train(config: Config, **kwargs) -> tuple[Dreamer, list[dict[str, float]]]:
+def train(config: Config, **kwargs) -> tuple[Dreamer, list[dict[str, torch.Tensor]]]:
     """An agent after some updates on the GPU, and their metrics."""
     agent = tiny_dreamer(config, device="cuda", **kwargs)
+    speed_up(agent)
     metrics = [agent.train_step(random_batch(config, seed).to("cuda")) for seed in range(UPDATES)]
     return agent, metrics
 

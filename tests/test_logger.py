@@ -1,12 +1,15 @@
-"""What a run shows of itself: lines, figures of evaluation episodes, pictures, and W&B read back from its own files."""
+"""Metrics and speeds of a run: metrics.jsonl, and W&B read back from its own files."""
 
 import contextlib
 import getpass
 import json
+import math
+import os
 import resource
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,13 +18,15 @@ import pytest
 import torch
 import wandb
 
-import logger
-from logger import EpisodeStats, Evaluation, Logger, Recording
-from tiny import ACTION_SIZE, image_shape, seeded, tiny_config, tiny_dreamer
-from train import CONTEXT, Prediction
+from buffer import ReplayBuffer, Transition
+from faults import difference
+from runtime import logger
+from runtime.logger import Logger, Meter, Stopwatch
+from tiny import random_batch, tiny_config, tiny_dreamer
 
 ROOT = Path(__file__).parent.parent
 CONFIG = {"task": "Lift", "preset": "debug", "robot": "Panda", "controller": "OSC_POSITION", "horizon": 15}
+SAVED = {"size": 0, "wandb_id": "abc123", "wandb_step": 7}  # state of a Logger
 
 
 def lines(run_dir) -> list[dict]:
@@ -30,18 +35,6 @@ def lines(run_dir) -> list[dict]:
 
 def noise(steps: int = 8, side: int = 64) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (steps, side, side, 3), dtype=np.uint8)
-
-
-def recording(steps: int, seed: int = 0, terminal: bool = False, channels: int = 3) -> Recording:
-    rng = np.random.default_rng(seed)
-    return Recording(
-        image=rng.integers(0, 256, (steps + 1, channels, 64, 64), dtype=np.uint8),
-        action=rng.uniform(-1, 1, (steps + 1, ACTION_SIZE)).astype(np.float32),
-        reward=np.r_[0, rng.uniform(0, 1, steps)].astype(np.float32),
-        success=np.arange(steps + 1) > steps // 2,
-        terminal=terminal,
-        renders=rng.integers(0, 256, (steps + 1, 256, 256, 3), dtype=np.uint8),
-    )
 
 
 @contextlib.contextmanager
@@ -59,25 +52,54 @@ def largest_file(size: int):
 
 
 @pytest.fixture(scope="module")
-def offline(tmp_path_factory) -> tuple[list[dict], str]:
-    """A real offline W&B run, read back record by record with W&B's own reader; and all of its text."""
+def offline(tmp_path_factory) -> dict:
+    """A real offline W&B run that was resumed, read back record by record with W&B's own reader; and all of its text.
+
+    Metrics at 20, 40 and 60, a policy at 40 and a video at 60; it is resumed from the checkpoint at 40.
+    """
     run_dir = tmp_path_factory.mktemp("Lift_debug_0")
-    log = Logger(run_dir, CONFIG | {"run_dir": "/home/somebody/run"}, "offline")
-    log.scalars(20, {"model/loss": 1.5, "episode/return": 3.0})
-    for step, success in ((40, 0.8), (60, 0.3)):
-        log.scalars(step, {"eval/return_mean": 4.0, "eval/success_rate": success})
-    log.video(60, "eval", noise(), 10)
-    assert not log.warned
-    log.close()
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run_dir / "wandb")]
-    (file,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
-    command[-1] = str(file)
+    config = CONFIG | {"run_dir": "/home/somebody/run"}
+    (run_dir / "policy.pt").write_bytes(b"weights")
+    with without_wandb_settings():
+        log = Logger(run_dir, config, "offline")
+        log.scalars(20, {"model/loss": 1.5, "episode/return": 3.0, "model/kl": math.nan})
+        log.scalars(40, {"eval/return_mean": 4.0, "eval/success_rate": 0.8})
+        log.policy(run_dir / "policy.pt", {"env_step": 40, "eval/success_rate": 0.8})
+        log.summary({"best_success_rate": 0.8, "last_success_rate": 0.3})
+        log.sync()
+        state = log.state_dict()
+        log.scalars(60, {"eval/return_mean": 4.0, "eval/success_rate": 0.3})
+        log.video(60, "eval", noise(), 10)
+        assert not log.warned
+        log.close()
+        time.sleep(1.1)  # W&B names its folders by the second
+        again = Logger(run_dir, config, "offline", state)
+        again.scalars(60, {"eval/return_mean": 5.0})
+        assert not again.warned
+        again.close()
+    (run_dir / "policy.pt").write_bytes(b"a later policy")
+    first, second = sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"))
+    return {"run_dir": run_dir, "id": log.wandb_id, "first": read(first), "second": read(second)}
+
+
+@contextlib.contextmanager
+def without_wandb_settings():
+    """W&B as it is where the environment says nothing of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in {"WANDB_DATA_DIR", *(name for name in os.environ if name.startswith("WANDB_"))}:
+            patch.setenv(name, "")  # so that it is put back
+            patch.delenv(name)
+        yield
+
+
+def read(file: Path) -> tuple[list[dict], str]:
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
     text = subprocess.run(command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL).stdout
     return [json.loads(line) for line in text.splitlines()], text + file.read_bytes().decode("latin-1")
 
 
-def records(offline, kind: str) -> list[dict]:
-    return [record[kind] for record in offline[0] if record["type"] == kind]
+def records(offline: dict, kind: str, part: str = "first") -> list[dict]:
+    return [record[kind] for record in offline[part][0] if record["type"] == kind]
 
 
 def test_wandb_gets_the_configuration_and_where_the_run_belongs(offline):
@@ -97,11 +119,12 @@ def test_wandb_draws_everything_over_env_step(offline):
     assert len(history) == 4  # three lines and a video
     assert all("env_step" in item for item in history)
     assert {"model/loss", "episode/return", "eval/success_rate", "video/eval._type"} <= set().union(*history)
+    assert "model/kl" not in set().union(*history)  # it was a NaN
 
 
-def test_wandb_keeps_the_video_and_best_and_last_success(offline):
-    """The video goes in as a file; the summary holds the best and the last success rate."""
-    text = json.dumps([record for record in offline[0] if record["type"] in ("files", "summary", "history")])
+def test_wandb_keeps_the_video_and_figures_of_the_whole_run(offline):
+    """The video goes in as a file; the summary holds what it was told."""
+    text = json.dumps([record for record in offline["first"][0] if record["type"] in ("files", "summary", "history")])
     assert "media/videos/video/eval" in text and ".mp4" in text
     summary = {}
     for record in records(offline, "summary"):
@@ -109,20 +132,45 @@ def test_wandb_keeps_the_video_and_best_and_last_success(offline):
     assert summary["best_success_rate"] == 0.8 and summary["last_success_rate"] == 0.3
 
 
+def test_wandb_keeps_each_best_policy_with_its_figures(offline):
+    """As an artifact of the run whose copy lies in the run folder, not at home, and is not the policy of later."""
+    (artifact,) = records(offline, "artifact")
+    assert artifact["type"] == "policy" and artifact["name"] == f"policy-{offline['id']}"
+    assert json.loads(artifact["metadata"]) == {"env_step": 40, "eval/success_rate": 0.8}
+    (content,) = artifact["manifest"]["contents"]
+    copy = Path(content["local_path"])
+    assert content["path"] == "policy.pt" and copy.read_bytes() == b"weights"
+    assert copy.is_relative_to(offline["run_dir"] / "wandb")
+
+
+def test_wandb_steps_go_on_after_a_resume(offline):
+    """The resumed part has the run's id, and its first line the step of the one that it replaces."""
+    steps = {
+        part: [(x["step"].get("num", 0), x["item"]["env_step"]) for x in records(offline, "history", part)]
+        for part in ("first", "second")
+    }
+    assert steps == {"first": [(0, 20), (1, 40), (2, 60), (3, 60)], "second": [(2, 60)]}
+    (run,) = records(offline, "run", "second")
+    assert run["run_id"] == offline["id"] and run["resume"] is True
+    assert [line["env_step"] for line in lines(offline["run_dir"])] == [20, 40, 60]
+
+
 def test_wandb_learns_no_names_of_people_or_machines(offline):
-    """Neither the host's name, nor the user's, nor the path of the program is in the run's file."""
-    text = offline[1]
-    assert f'"{socket.gethostname()}"' not in text and f'"{getpass.getuser()}"' not in text
-    assert sys.executable not in text and sys.argv[0] not in text and "/home/somebody" not in text
+    """Neither the host's name, nor the user's, nor the path of the program is in the run's files."""
+    for part in ("first", "second"):
+        text = offline[part][1]
+        assert f'"{socket.gethostname()}"' not in text and f'"{getpass.getuser()}"' not in text
+        assert sys.executable not in text and sys.argv[0] not in text and "/home/somebody" not in text
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])
 def test_wandb_goes_on_with_the_run_it_was_given(mode, tmp_path):
-    """A resumed run keeps its id, and the best success rate of before."""
-    log = Logger(tmp_path, CONFIG, "disabled", wandb_id="abc123")
+    """A resumed run keeps its id and counts on, also if W&B was off in between."""
+    log = Logger(tmp_path, CONFIG, "disabled", SAVED)
     log.scalars(20, {"eval/success_rate": 0.9})
     log.close()
-    assert log.wandb_id == "abc123"  # also where W&B was off in between
+    state = log.state_dict()
+    assert state == {"size": (tmp_path / "metrics.jsonl").stat().st_size, "wandb_id": "abc123", "wandb_step": 7}
     calls = {}
     wandb_init = wandb.init
 
@@ -130,12 +178,25 @@ def test_wandb_goes_on_with_the_run_it_was_given(mode, tmp_path):
         calls.update(kwargs)
         return wandb_init(**kwargs | {"mode": "disabled"})
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, without_wandb_settings():
         patch.setattr(wandb, "init", init)
-        log = Logger(tmp_path, CONFIG, mode, wandb_id="abc123", size=log.size)
+        log = Logger(tmp_path, CONFIG, mode, state)
         log.close()
     assert calls["id"] == "abc123" and calls["resume"] == "allow" and calls["mode"] == mode
-    assert log.best_success == 0.9
+
+
+def test_every_line_is_a_step_of_wandb(tmp_path):
+    """Videos too; the count is part of the state."""
+    log = Logger(tmp_path, CONFIG, "disabled", SAVED)
+    logged = []
+    log.wandb = SimpleNamespace(log=lambda line, step: logged.append((step, line)), finish=lambda: None)
+    log.scalars(20, {"a": 1, "b": math.inf})
+    log.scalars(20, {"a": 2})
+    log.video(40, "eval", noise(), 10)
+    log.close()
+    assert [(step, line["env_step"]) for step, line in logged] == [(7, 20), (8, 20), (9, 40)]
+    assert logged[0][1] == {"env_step": 20, "a": 1} and "video/eval" in logged[2][1]
+    assert log.state_dict()["wandb_step"] == 10
 
 
 def test_wandb_that_fails_costs_one_warning(tmp_path, monkeypatch, capsys):
@@ -146,12 +207,12 @@ def test_wandb_that_fails_costs_one_warning(tmp_path, monkeypatch, capsys):
 
     with monkeypatch.context() as patch:
         patch.setattr(wandb, "init", fail)
-        log = Logger(tmp_path, CONFIG, "online", wandb_id="abc123")
+        log = Logger(tmp_path, CONFIG, "online", SAVED)
         log.scalars(1, {"a": 1})
         log.close()
     assert capsys.readouterr().out.count("warning: W&B is off") == 1 and log.wandb_id == "abc123"
 
-    log = Logger(tmp_path, CONFIG, "disabled", size=log.size)
+    log = Logger(tmp_path, CONFIG, "disabled", log.state_dict())
     log.wandb = SimpleNamespace(log=fail, summary={})
     log.scalars(2, {"a": 2})
     log.scalars(3, {"a": 3})
@@ -160,12 +221,36 @@ def test_wandb_that_fails_costs_one_warning(tmp_path, monkeypatch, capsys):
     assert [line["a"] for line in lines(tmp_path)] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("call", ["summary", "policy", "video", "close"])
+def test_each_call_of_wandb_may_fail(call, tmp_path, capsys):
+    """It costs one warning, and W&B is off from there on."""
+
+    def fail(*_, **__):
+        raise OSError("its process is gone")
+
+    log = Logger(tmp_path, CONFIG, "disabled")
+    log.wandb = SimpleNamespace(log=fail, log_artifact=fail, finish=fail, summary=SimpleNamespace(update=fail))
+    (tmp_path / "policy.pt").write_bytes(b"weights")
+    calls = {
+        "summary": lambda: log.summary({"a": 1}),
+        "policy": lambda: log.policy(tmp_path / "policy.pt", {}),
+        "video": lambda: log.video(1, "eval", noise(), 10),
+        "close": log.close,
+    }
+    calls[call]()
+    assert capsys.readouterr().out == "warning: W&B is off from here on, training goes on: its process is gone\n"
+    assert log.wandb is None
+    log.summary({"a": 2})
+    log.policy(tmp_path / "policy.pt", {})
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds W&B's process in /proc")
 def test_wandb_whose_process_is_killed_costs_one_warning(tmp_path):
     """The run goes on, its metrics are complete, and nothing but the warning is printed, also at exit."""
     code = f"""
 import os, pathlib, signal, time
-from logger import Logger
+from runtime.logger import Logger
 log = Logger(pathlib.Path({str(tmp_path)!r}), {CONFIG!r}, "offline")
 log.scalars(1, {{"a": 1}})
 tasks = pathlib.Path(f"/proc/{{os.getpid()}}/task")
@@ -223,17 +308,64 @@ def test_lines_that_a_full_disk_refused_are_written_when_there_is_room(tmp_path,
     assert capsys.readouterr().out.count("warning") == 1
 
 
-def test_a_resumed_log_cuts_what_the_checkpoint_does_not_know(tmp_path):
-    """Lines behind the checkpoint go; a size beyond the file's end adds nothing."""
+def test_a_resumed_log_cuts_what_the_checkpoint_does_not_know(tmp_path, capsys):
+    """Lines behind the checkpoint go; a size beyond the file's end adds nothing and is told."""
     log = Logger(tmp_path, CONFIG, "disabled")
     log.scalars(1, {"a": 1})
     size = log.size
     log.scalars(2, {"a": 2})
     log.close()
-    Logger(tmp_path, CONFIG, "disabled", size=size).close()
+    Logger(tmp_path, CONFIG, "disabled", SAVED | {"size": size}).close()
     assert [line["a"] for line in lines(tmp_path)] == [1]
-    Logger(tmp_path, CONFIG, "disabled", size=10_000).close()
+    assert capsys.readouterr().out == ""
+    Logger(tmp_path, CONFIG, "disabled", SAVED | {"size": 10_000}).close()
     assert [line["a"] for line in lines(tmp_path)] == [1]
+    assert capsys.readouterr().out.startswith("warning: metrics.jsonl is shorter than it was at the checkpoint")
+    Logger(tmp_path, CONFIG, "disabled").close()  # a run from its start
+    assert lines(tmp_path) == []
+
+
+def test_metrics_are_strict_json(tmp_path):
+    """What is not finite is left out of its line; the rest has six digits."""
+    log = Logger(tmp_path, CONFIG, "disabled")
+    values = {"nan": math.nan, "inf": -math.inf, "numpy": np.float32("nan"), "tensor": torch.tensor(math.inf)}
+    log.scalars(20, values | {"a": 1 / 3, "b": np.float64(2), "c": torch.tensor(0.5), "d": 12345678})
+    log.scalars(40, values)
+    log.close()
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    text = (tmp_path / "metrics.jsonl").read_text()
+    found = [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+    assert found == [{"env_step": 20, "a": 0.333333, "b": 2, "c": 0.5, "d": 12345700}, {"env_step": 40}]
+
+
+def test_a_loggers_state_is_what_is_on_the_disk(tmp_path):
+    """A run that goes on from it continues the same file."""
+    log = Logger(tmp_path, CONFIG, "disabled")
+    log.scalars(20, {"a": 1})
+    log.sync()
+    state = log.state_dict()
+    assert state == {"size": (tmp_path / "metrics.jsonl").stat().st_size, "wandb_id": "", "wandb_step": 0}
+    log.close()
+    again = Logger(tmp_path, CONFIG, "disabled", state)
+    assert again.state_dict() == state
+    again.scalars(40, {"a": 2})
+    again.close()
+    assert logger.read_metrics(tmp_path) == ([{"env_step": 20, "a": 1}, {"env_step": 40, "a": 2}], 0)
+
+
+def test_a_disk_that_cannot_sync_reaches_the_caller(tmp_path, capsys):
+    """`sync` is asked before a state counts on the lines."""
+    log = Logger(tmp_path, CONFIG, "disabled")
+    with largest_file(10):
+        log.scalars(20, {"a": 1})
+        with pytest.raises(OSError, match="File too large"):
+            log.sync()
+    log.sync()
+    assert log.state_dict()["size"] == (tmp_path / "metrics.jsonl").stat().st_size > 10
+    log.close()
 
 
 def test_torn_and_foreign_lines_are_counted_not_fatal(tmp_path):
@@ -241,18 +373,6 @@ def test_torn_and_foreign_lines_are_counted_not_fatal(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"env_step": 1, "a": 2}\n[1]\n\xff\xfe\n{"env_step": 2, "a"')
     assert logger.read_metrics(tmp_path) == ([{"env_step": 1, "a": 2}], 3)
     assert logger.read_metrics(tmp_path / "nowhere") == ([], 0)
-
-
-def test_a_video_is_written_whole(tmp_path):
-    """Frames, sides and length come back, and nothing else is left in the folder."""
-    import imageio.v2 as imageio
-
-    frames = np.zeros((12, 32, 48, 3), np.uint8)
-    frames[6:] = 255
-    logger.write_video(tmp_path / "videos" / "a.mp4", frames, 10)
-    back = np.stack(list(imageio.get_reader(tmp_path / "videos" / "a.mp4").iter_data()))
-    assert back.shape == frames.shape and np.abs(back.astype(int) - frames).max() < 10
-    assert [path.name for path in (tmp_path / "videos").iterdir()] == ["a.mp4"]
 
 
 @pytest.mark.parametrize("failure", ["no package", "no ffmpeg", "full disk"])
@@ -275,165 +395,116 @@ def test_videos_that_cannot_be_written_cost_one_warning(failure, tmp_path, monke
     assert not list(tmp_path.glob("videos/*")) and not list(tmp_path.glob("videos/.*"))
 
 
-# ------------------------------------------------------------------------------------------ figures
-
-
-def test_episode_figures():
-    """Steps are control steps, rewards those of a control step, and success is latched at its first moment."""
-    stats = EpisodeStats(repeat=2)
-    for reward, success in ((0.2, False), (1.6, True), (0.4, False)):
-        stats.add(reward, success)
-    expected = {"return": 2.2, "length": 6, "max_reward": 0.8, "success": 1.0, "time_to_success": 4}
-    assert stats.metrics() == pytest.approx(expected)
-    never = EpisodeStats(repeat=1)
-    never.add(0.5, False)
-    assert "time_to_success" not in never.metrics() and never.metrics()["success"] == 0.0
-    summary = Evaluation([stats, never], []).summary()
-    assert summary["eval/return_mean"] == pytest.approx(1.35) and summary["eval/return_std"] == pytest.approx(0.85)
-    assert summary["eval/success_rate"] == 0.5 and summary["eval/episodes"] == 2
-    assert summary["eval/time_to_success_mean"] == 4 and summary["eval/max_reward_mean"] == pytest.approx(0.65)
-    assert "eval/time_to_success_mean" not in Evaluation([never], []).summary()
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_realised_return_is_the_discounted_sum(terminal):
-    """Of the rewards from the row on; where the clock ended the episode, the critic's last value closes it."""
-    reward = np.random.default_rng(0).uniform(0, 1, 9)
-    returns = logger.realised_return(reward, 7.0, terminal, 0.9)
-    last = reward[-1] if terminal else 7.0
-    for t in range(9):
-        assert returns[t] == pytest.approx(sum(0.9**k * reward[t + k] for k in range(8 - t)) + 0.9 ** (8 - t) * last)
-
-
-def test_open_loop_windows_are_whole_and_start_in_different_episodes():
-    """50 rows each, from all episodes that have them; shorter episodes alone set a shorter length."""
-    long, short = [recording(120, seed) for seed in range(2)], recording(30, 5)
-    windows = logger.open_loop_windows([*long, short])
-    assert windows.image.shape[:2] == (50, 4)
-    for column, (episode, start) in enumerate(((0, 0), (1, 0), (0, 50), (1, 50))):
-        rows = slice(start, start + 50)
-        assert torch.equal(windows.image[:, column], torch.as_tensor(long[episode].image[rows]))
-        assert torch.equal(windows.reward[:, column], torch.as_tensor(long[episode].reward[rows]))
-    assert windows.is_first[0].all() and not windows.is_first[1:].any()
-    assert logger.open_loop_windows([short, recording(20)]).image.shape[:2] == (31, 1)
-
-
-def known_agent(config, offset: float, value: float):
-    """Predicts the true reward + 0.1 with images `offset` too bright; its critic always says `value`."""
-    return SimpleNamespace(
-        config=config,
-        device="cpu",
-        world_model=SimpleNamespace(learned_reward=lambda reward: reward),
-        predict=lambda batch, draws: Prediction(batch.image / 255 + offset, batch.reward + 0.1),
-        judge=lambda batch, draws: (batch.reward + 0.1, torch.full_like(batch.reward, value)),
-    )
-
-
-def test_errors_of_a_known_model_are_found():
-    """Squared image error, absolute reward error and value calibration of predictions that are off by known amounts."""
-    config = tiny_config(discount=0.5)
-    episodes = [recording(60), recording(40, 1, terminal=True)]
-    for episode in episodes:
-        episode.reward[:] = np.linspace(0, 1, len(episode.reward))
-    metrics = logger.analyse(known_agent(config, 0.2, 3.0), episodes, seeded()).metrics
-    for k in (1, 5, 15, 45):
-        assert metrics[f"openloop/image_mse_{k}"] == pytest.approx(0.04, rel=1e-4)
-        assert metrics[f"openloop/reward_error_{k}"] == pytest.approx(0.1, rel=1e-4)
-    for name in ("error", "error_hovering", "error_holding", "error_lifted"):
-        assert metrics[f"reward/{name}"] == pytest.approx(0.1, rel=1e-4)
-    realised = [logger.realised_return(e.reward, 3.0, e.terminal, 0.5) for e in episodes]
-    known = np.concatenate([realised[0][:-1], realised[1]])  # where the clock ended, the last row knows nothing
-    assert metrics["behaviour/value_predicted"] == pytest.approx(3.0)
-    assert metrics["behaviour/value_realised"] == pytest.approx(known.mean(), rel=1e-4)
-    assert metrics["behaviour/value_error"] == pytest.approx(np.abs(known - 3).mean(), rel=1e-4)
-
-
-def test_figures_that_cannot_be_had_are_left_out():
-    """Open-loop steps beyond the episodes, and classes that no reward fell into or that the task does not have."""
-    episode = recording(30)
-    episode.reward[:] = 0.1
-    agent = known_agent(tiny_config(), 0.0, 0.0)
-    names = set(logger.analyse(agent, [episode], seeded()).metrics)
-    assert {"openloop/image_mse_15", "reward/error", "reward/error_hovering"} <= names
-    assert not {"openloop/image_mse_45", "openloop/reward_error_45", "reward/error_lifted"} & names
-    agent.config = tiny_config(task="Door")
-    assert "reward/error_hovering" not in logger.analyse(agent, [episode], seeded()).metrics
-    agent.config = tiny_config(action_repeat=2)
-    episode.reward[:] = 1.1  # 0.55 a control step
-    assert "reward/error_holding" in logger.analyse(agent, [episode], seeded()).metrics
-
-
-def test_looking_leaves_the_agent_as_it_was():
-    """Analysis and dreams are finite, change no parameter, and take nothing from training's random stream."""
-    config = tiny_config()
-    agent = tiny_dreamer(config)
-    before = {name: value.clone() for name, value in agent.world_model.state_dict().items()}
-    stream = torch.get_rng_state()
-    channels = image_shape(config)[0]
-    analysis = logger.analyse(agent, [recording(60, channels=channels), recording(33, 1, channels=channels)], seeded())
-    dream = agent.dream(analysis.windows, 7, seeded())
-    assert all(np.isfinite(value) for value in analysis.metrics.values())
-    assert dream.image.shape[:2] == dream.reward.shape == (7, analysis.windows.image.shape[1])
-    assert torch.equal(stream, torch.get_rng_state())
-    assert all(torch.equal(before[name], value) for name, value in agent.world_model.state_dict().items())
-    assert all(p.grad is None for p in agent.world_model.parameters())
+# ------------------------------------------------------------------------------------------ speeds and means
 
 
 def test_the_stopwatch_adds_up():
     """Parts are kept apart, and a part that runs twice counts twice."""
-    watch = logger.Stopwatch()
+    watch = Stopwatch()
     for part in ("env", "update", "env"):
         with watch(part):
             pass
     assert set(watch.seconds) == {"env", "update"} and watch.seconds["env"] > 0
 
 
-# ------------------------------------------------------------------------------------------ pictures
+@pytest.fixture
+def clock(monkeypatch):
+    """A monotonic clock that is told the time."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(logger.time, "monotonic", lambda: clock.now)
+    return clock
 
 
-def test_open_loop_video_places_truth_model_and_error():
-    """Each camera has its truth, model and error rows, each sequence its column; sides are multiples of 16."""
-    truth = np.zeros((7, 2, 6, 64, 64))
-    truth[:, 1, 3:] = 1.0  # second sequence, second camera: white
-    video = logger.open_loop_video(truth, np.zeros_like(truth), ("agentview", "robot0_eye_in_hand"))
-    assert video.dtype == np.uint8 and video.shape == (7, 32 + 6 * 128, 96 + 2 * 128, 3)
-    assert all(side % 16 == 0 for side in video.shape[1:3])
-    rows = [video[:, 32 + 128 * i : 32 + 128 * i + 126, 96:] for i in range(6)]
-    left, right = slice(0, 126), slice(128, 254)
-    assert (rows[0] <= 24).all() and (rows[3][:, :, right] == 255).all() and (rows[3][:, :, left] == 0).all()
-    assert (rows[4][:, :, left] == 0).all()
-    assert (rows[5][:, :, left] == 128).all() and (rows[5][:, :, right] == 0).all()  # right; too dark
-    header = video[:, :32]
-    assert not np.array_equal(header[CONTEXT - 1], header[CONTEXT])  # "observed" becomes "imagined"
-    assert video[0, 32:160, :96].max() > 100  # the row's label
+def some_meter(updates: int = 0) -> Meter:
+    """Of an agent that has made some updates, and a replay with an episode of three rows."""
+    replay = ReplayBuffer(100, 1, (3, 4, 4), 2, seed=0)
+    for i in range(3):
+        replay.add(Transition(np.zeros((3, 4, 4), np.uint8), np.zeros(2, np.float32), 0.0, i == 0, False))
+    optimizers = [SimpleNamespace(skipped=torch.tensor(n)) for n in (1.0, 0.0, 2.0)]
+    agent = SimpleNamespace(updates=updates, optimizers=optimizers, device=torch.device("cpu"))
+    return Meter(agent, replay, Stopwatch())
 
 
-def test_dream_video_shows_what_was_seen_then_what_is_imagined():
-    """Observed frames first, then the dream with the imagined reward below each column."""
-    seen, dream = np.ones((5, 3, 3, 64, 64)), np.zeros((20, 3, 3, 64, 64))
-    video = logger.dream_video(seen, dream, np.full((20, 3), 0.5), ("agentview",), horizon=15)
-    assert video.shape == (25, 32 + 128 + 32, 96 + 3 * 128, 3) and video.dtype == np.uint8
-    assert (video[4, 32:158, 96:222] == 255).all() and (video[5, 32:158, 96:222] == 0).all()
-    assert video[5, -32:, 96:].max() > 100 and video[4, -32:, 96:].max() < 50
-    assert not np.array_equal(
-        video[5 + 14, :32], video[5 + 15, :32]
-    )  # the last step of the horizon, and the first beyond
+def test_a_line_has_means_and_speeds_since_the_last_one(clock):
+    """Means over the updates, rates over the seconds; the next line begins anew."""
+    meter = some_meter(updates=10)
+    meter.start(200)
+    for value in (1.0, 2.0, 6.0):
+        meter.add({"model/loss": torch.tensor(value)})
+    meter.agent.updates, clock.now = 13, clock.now + 4.0
+    meter.watch.seconds["env"] = 1.0
+    line = meter.line(240)
+    expected = {
+        "model/loss": 3.0,
+        "perf/env_steps_per_s": 10.0,
+        "perf/updates_per_s": 0.75,
+        "perf/updates": 13,
+        "optim/skipped": 3.0,
+        "replay/steps": 2,
+        "replay/episodes": 1,
+        "replay/gb": 3 * meter.replay.row_bytes / 1e9,
+        "perf/share_env": 0.25,
+        "perf/share_update": 0.0,
+        "perf/share_eval": 0.0,
+        "perf/share_video": 0.0,
+    }
+    assert line.pop("perf/ram_gb") > 0.01 and line == expected
+    assert meter.updates == 0 and meter.watch.seconds == {}
+    meter.add({"model/loss": torch.tensor(5.0)})
+    clock.now += 1.0
+    line = meter.line(250)
+    assert line["model/loss"] == 5.0 and line["perf/env_steps_per_s"] == 10.0 and line["perf/updates_per_s"] == 0.0
 
 
-def test_policy_video_has_its_figures_written_on_it():
-    """One frame a row, a strip of text that changes with the figures, sides that are multiples of 16."""
-    video = logger.policy_video(recording(10), repeat=1)
-    assert video.shape == (11, 288, 384, 3) and video.dtype == np.uint8
-    assert not np.array_equal(video[3, :32], video[4, :32])
-    green = (video[:, :32, 300:].astype(int) * (-1, 1, -1)).max((1, 2)).max(-1) > 100
-    assert not green[:6].any() and green[6:].all()
+def test_a_line_is_due_after_so_many_steps_if_there_was_an_update(clock):
+    """None in the prefill, whatever the step."""
+    meter = some_meter()
+    assert meter.is_new and not meter.due(1000, 0)
+    meter.add({"model/loss": torch.tensor(1.0)})
+    assert not meter.is_new
+    assert (meter.due(49, 50), meter.due(50, 50), meter.due(1, 0)) == (False, True, True)
+    clock.now += 1.0
+    meter.line(50)
+    meter.add({"model/loss": torch.tensor(1.0)})
+    assert (meter.due(99, 50), meter.due(100, 50)) == (False, True)
 
 
-def test_policy_frame_shows_every_camera_beside_the_large_view():
-    """One to three cameras, zoomed to half the height, in columns."""
-    render = np.full((256, 256, 3), 9, np.uint8)
-    for cameras, width in ((1, 384), (2, 384), (3, 512)):
-        image = np.arange(cameras).repeat(3)[:, None, None] * np.ones((1, 64, 64))
-        frame = logger.policy_frame(render, image.astype(np.uint8))
-        assert frame.shape == (256, width, 3)
-        assert (frame[:128, 256:384] == 0).all() and (cameras == 1 or (frame[128:, 256:384] == 1).all())
+def test_a_mean_that_is_not_finite_is_named(clock, capsys):
+    """One line names all of them; the caller finds them in the metrics."""
+    meter = some_meter()
+    for value in (1.0, math.nan):
+        meter.add({"model/loss": torch.tensor(value), "model/kl": torch.tensor(1.0), "actor/loss": torch.tensor(value)})
+    clock.now += 1.0
+    line = meter.line(10)
+    assert math.isnan(line["model/loss"]) and line["model/kl"] == 1.0
+    told = "warning: not finite since the last line, and left out of it: model/loss, actor/loss\n"
+    assert capsys.readouterr().out == told
+
+
+def test_a_line_goes_on_after_a_resume(clock):
+    """Its means are those of the run that was not interrupted; its speeds are those of this process."""
+    meter = some_meter()
+    for value in (1.0, 2.0):
+        meter.add({"model/loss": torch.tensor(value)})
+    again = some_meter(updates=2)
+    again.load_state_dict(meter.state_dict())
+    assert difference(again.state_dict(), meter.state_dict()) == ""
+    assert again.is_new  # no update in this process yet
+    again.start(100)
+    again.add({"model/loss": torch.tensor(6.0)})
+    again.agent.updates, clock.now = 3, clock.now + 2.0
+    line = again.line(120)
+    assert line["model/loss"] == 3.0
+    assert line["perf/env_steps_per_s"] == 10.0 and line["perf/updates_per_s"] == 0.5
+
+
+def test_metrics_of_an_update_are_added_without_waiting():
+    """The sums are tensors on the agent's device, one for each metric."""
+    config = tiny_config()
+    agent = tiny_dreamer(config)
+    meter = Meter(agent, ReplayBuffer(10, 1, (3, 4, 4), 2, seed=0), Stopwatch())
+    first, second = (agent.train_step(random_batch(config, seed)) for seed in range(2))
+    meter.add(first)
+    meter.add(second)
+    assert meter.totals.keys() == first.keys() and meter.updates == 2
+    assert all(torch.equal(total, first[name] + second[name]) for name, total in meter.totals.items())

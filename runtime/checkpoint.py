@@ -1,0 +1,604 @@
+"""Checkpoints, replay and policy files: written aside and renamed, verified before they are parsed, free of code.
+
+A checkpoint is one file, `checkpoint_<env_step>_<hash>.pt`, whose name carries the first 16 hex digits of the
+SHA-256 of its bytes. Loading compares them and then reads with `weights_only=True`. The replay's finished episodes
+lie beside it, `replay/episode_<number>_<hash>.npz`, and the checkpoint lists those that it needs: an episode that
+finished later belongs to no checkpoint, and a resume deletes it.
+"""
+
+import dataclasses
+import errno
+import hashlib
+import io
+import itertools
+import json
+import os
+import platform
+import random
+import re
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Protocol
+
+import filelock
+import numpy as np
+import torch
+
+from buffer import Episode, ReplayBuffer
+from runtime.console import Failure, UserError, say, warn
+from runtime.logger import Logger
+from train import MAX_SKIPPED_IN_A_ROW, Config, Dreamer, Policy
+
+NAME = re.compile(r"checkpoint_(\d+)_([0-9a-f]{16})\.pt")
+EPISODE_NAME = re.compile(r"episode_(\d+)_([0-9a-f]{16})\.npz")
+KEEP = 2  # newest checkpoints that stay on disk
+LOCK_NAME = "lock"
+OUTPUTS = ("metrics.jsonl", "policy.pt", "replay", "videos", "wandb", "report.html")  # of a run, beside checkpoints
+# what a file system answers that lacks a call; NFS has no locks (ENOLCK) if no lock daemon runs
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.ENOLCK)
+
+
+class Damaged(Exception):
+    """A file that can't be read or is not what its name says, in one line; it never reaches the user as it is."""
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Replace `path` with `data` so that a crash at any moment leaves the old file or the new one (OSError)."""
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)  # on a full disk its bytes are needed
+        raise
+    _sync_folder(path.parent)
+
+
+_told: set[str] = set()  # guarantees whose lack was told in this process
+
+
+def _sync_folder(path: Path) -> None:
+    """Put a renaming on the disk: without it, a power cut may undo it. Some network file systems can't."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        _tell_once(f"this file system can't sync a folder ({error.strerror}): a power cut may undo the last save")
+    finally:
+        os.close(folder)
+
+
+def _tell_once(line: str) -> None:
+    if line not in _told:
+        _told.add(line)
+        warn(line)
+
+
+def _read_verified(path: Path, name: re.Pattern[str]) -> bytes:
+    """The bytes of a file whose name, matching `name`, carries their hash; Damaged if they differ."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise Damaged(f"{path.name}: {error.strerror}") from error
+    match = name.fullmatch(path.name)
+    if match is None or _digest(data) != match[2]:
+        raise Damaged(f"{path.name} is damaged (its bytes do not match the hash in its name)")
+    return data
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _torch_bytes(state: dict[str, Any]) -> bytes:
+    """What `torch.save` writes."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def _number(name: str) -> int:
+    """Of a checkpoint or an episode, whose name this is."""
+    return int(name.split("_")[1])
+
+
+# ---------------------------------------------------------------------------------------------- the run folder
+
+
+class RunFolder:
+    """A run folder, locked from here to `release` if it exists, else from `claim` on.
+
+    Args:
+        path: UserError if it can't be one; Failure if another process works there.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.loaded: Path | None = None  # the checkpoint that the run goes on from
+        self.lock = filelock.FileLock(path / LOCK_NAME, timeout=0, preserve_lock_file=True, fallback_to_soft=False)
+        _check_folder(path)
+        if path.exists():
+            self._acquire()
+
+    def newest(self) -> dict[str, Any] | None:
+        """The state in the newest undamaged checkpoint, None if there is no checkpoint, Failure if all are damaged."""
+        loaded = load_checkpoint(self.path)
+        if loaded is None:
+            return None
+        state, self.loaded, damaged = loaded
+        for line in damaged:
+            warn(line)
+        if "collector" not in state:
+            raise Failure(f"{self.loaded} is from another release of this program, which alone can continue it")
+        return state
+
+    def claim(self, config: Config) -> None:
+        """Make the folder, and clear what lies in it beyond the checkpoint that the run goes on from."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._acquire()
+            for leftover in (*self.path.glob(".*.tmp"), *self.path.glob("replay/.*.tmp")):
+                leftover.unlink()
+            if self.loaded:
+                self._set_damaged_aside()
+            elif list_checkpoints(self.path):
+                raise Failure(f"{self.path} got a checkpoint from another process just now: start again")
+            else:
+                self._set_earlier_aside()
+            write_file(self.path / "config.json", json.dumps(dataclasses.asdict(config), indent=2).encode())
+        except OSError as error:
+            raise UserError(f"run_dir {self.path} can't be used: {error.strerror}") from error
+
+    def release(self) -> None:
+        """Let other processes work in the folder."""
+        self.lock.release()
+
+    def _acquire(self) -> None:
+        """Take the lock. It belongs to the open file, which workers don't inherit: none of them can keep it."""
+        if self.lock.is_locked:
+            return
+        try:
+            self.lock.acquire()
+            (self.path / LOCK_NAME).write_text(f"{os.getpid()}\n")
+        except filelock.Timeout as error:
+            owner = (self.path / LOCK_NAME).read_text().strip()
+            raise Failure(f"{self.path} is in use by process {owner or '?'}: one run, one process") from error
+        except (OSError, NotImplementedError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            if getattr(error, "errno", errno.ENOSYS) not in UNSUPPORTED:
+                raise UserError(f"run_dir {self.path} can't be locked: {reason}") from error
+            _tell_once(f"this file system has no locks ({reason}): nothing keeps a second process out of {self.path}")
+
+    def _set_damaged_aside(self) -> None:
+        """Rename checkpoints newer than the one that was loaded: left there, they would count among the last two."""
+        for path in list_checkpoints(self.path):
+            if path == self.loaded:
+                return
+            path.rename(path.with_name(f"{path.name}.damaged"))
+
+    def _set_earlier_aside(self) -> None:
+        """Move what a run without checkpoints has left into `earlier_<n>`."""
+        earlier = [self.path / name for name in OUTPUTS if (self.path / name).exists()]
+        if not earlier:
+            return
+        number = next(n for n in itertools.count(1) if not (self.path / f"earlier_{n}").exists())
+        aside = self.path / f"earlier_{number}"
+        aside.mkdir()
+        for path in earlier:
+            path.rename(aside / path.name)
+        say(f"{self.path} has no checkpoint: starting afresh; what lay there is in {aside}")
+
+
+def _check_folder(path: Path) -> None:
+    """Refuse a path that can't be a run folder (UserError)."""
+    try:
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"run_dir {path} can't be used: it is a link to {os.readlink(path)}, which does not exist")
+        there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"run_dir {path} can't be used: {there} is not a folder that can be written to")
+        ours = {"config.json", ".config.json.tmp", LOCK_NAME}  # all there may be after a crash at the very start
+        names = {entry.name for entry in path.iterdir()} if path.exists() else set()
+    except OSError as error:
+        raise UserError(f"run_dir {path} can't be used: {error.strerror}") from error
+    if names - ours and not is_run_dir(path):
+        raise UserError(f"run_dir {path} is not empty and no run folder: choose another")
+
+
+def is_run_dir(folder: Path) -> bool:
+    """Whether a folder has checkpoints or the constants of a run."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        config = None
+    return bool(list_checkpoints(folder)) or (isinstance(config, dict) and {"task", "preset"} <= config.keys())
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(run_dir: Path, step: int, state: dict[str, Any], best_step: int = -1) -> Path:
+    """Write `state` (tensors and plain values) as the newest checkpoint; the path.
+
+    Of the older ones, the last and that of `best_step`, the control step of the best evaluation, are kept. Raises
+    OSError if the file can't be written: what was there stays.
+    """
+    data = _torch_bytes(state)
+    path = run_dir / f"checkpoint_{step:09d}_{_digest(data)}.pt"
+    write_file(path, data)
+    os.utime(path)  # an equal file of this step may have been there: it is the newest now
+    for old in list_checkpoints(run_dir)[KEEP:]:
+        if _step(old) != best_step:
+            old.unlink()
+    return path
+
+
+def _step(path: Path) -> int:
+    return _number(path.name)
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Newest first."""
+    found = [path for path in run_dir.glob("checkpoint_*.pt") if NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (_step(path), path.stat().st_mtime_ns), reverse=True)
+
+
+def load_checkpoint(run_dir: Path) -> tuple[dict[str, Any], Path, list[str]] | None:
+    """The newest undamaged checkpoint: its state on the CPU, its path, and a line about each newer, damaged file.
+
+    None if there is no checkpoint yet; Failure if all are damaged.
+    """
+    damaged: list[str] = []
+    for path in list_checkpoints(run_dir):
+        try:
+            return _load(path), path, damaged
+        except Damaged as error:
+            damaged.append(str(error))
+    if damaged:
+        raise Failure(f"no checkpoint in {run_dir} can be read: {'; '.join(damaged)}")
+    return None
+
+
+def _load(path: Path) -> dict[str, Any]:
+    data = _read_verified(path, NAME)
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (RuntimeError, UnpicklingError) as error:
+        raise Damaged(f"{path.name} holds something else than tensors and plain values: refused") from error
+    if not isinstance(state, dict):
+        raise Damaged(f"{path.name} holds no state")
+    return state
+
+
+def snapshot(state: Any) -> Any:
+    """A copy of nested dicts, lists and tuples whose tensors, copied to the CPU, no later update changes."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {name: snapshot(value) for name, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(snapshot(value) for value in state)
+    return state
+
+
+class Part(Protocol):
+    """What a checkpoint is made of: something that gives its state and takes it back."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> object:
+        """Go on from what `state_dict` gave."""
+
+
+class Checkpointer:
+    """Holds the state of a run as of the last episode's end, and writes it when asked.
+
+    What the disk refuses costs a warning, not the run.
+
+    Args:
+        run_dir: the run folder.
+        config: saved beside the parts.
+        replay, logger: whose files a state counts on. The logger begins in its saved state; it is not restored here.
+        generators: restored last, as other parts may draw while they are restored.
+        parts: by the name that their state has in the checkpoint.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Config,
+        agent: Dreamer,
+        replay: "ReplayFiles",
+        logger: Logger,
+        generators: "GlobalGenerators",
+        **parts: Part,
+    ):
+        self.run_dir, self.agent, self.replay, self.logger = run_dir, agent, replay, logger
+        self.generators = generators
+        self.config = dataclasses.asdict(config)
+        self.versions = versions(agent.device, agent.autocast_dtype)
+        self.parts: dict[str, Part] = {"agent": agent, "replay": replay, **parts, "generators": generators}
+        self.held: dict[str, Any] | None = None
+        self.held_step = self.saved_step = -1  # control steps
+        self.best_step = -1
+        self.saved_at = time.monotonic()
+        self.failing = False
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Let all parts go on from a state; says what keeps that from being exact. Failure if a part does not fit."""
+        here, then = self.versions, state["versions"]
+        if other := [f"{name} {then.get(name)} -> {here[name]}" for name in here if then.get(name) != here[name]]:
+            warn(f"this will not be bit for bit the run that was saved: {', '.join(other)}")
+        for name, part in self.parts.items():
+            try:
+                part.load_state_dict(state[name])
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise Failure(f"the checkpoint does not fit this release or environment: {name}: {reason}") from error
+        if restarts := state["collector"]["restarts"]:
+            self.generators.redraw(restarts)
+        self.held = snapshot(state)  # Adam goes on in the tensors that it was given
+        self.held_step = self.saved_step = state["step"]
+        self.best_step = state["best_step"]
+
+    def hold(self, step: int, best_step: int, last: bool) -> None:
+        """Keep a copy, on the CPU, of all that decides how the run goes on. To be called where an episode has ended.
+
+        Failure if something in the agent is not finite. Right after a skipped update, the state before that is kept,
+        unless it is the `last` one.
+        """
+        skipped = check_finite(self.agent, step)
+        if skipped and not last:
+            warn(f"{skipped} update(s) just skipped for a NaN: the state before that is kept")
+            return
+        try:
+            self.logger.sync()
+            self.replay.write()
+        except OSError as error:
+            self._warn(error)
+            return
+        state = {name: part.state_dict() for name, part in self.parts.items()} | {"logger": self.logger.state_dict()}
+        about = {"step": step, "best_step": best_step, "config": self.config, "versions": self.versions}
+        self.held = snapshot(about | state)
+        self.held_step, self.best_step = step, best_step
+
+    def save(self, env_failed: bool = False) -> None:
+        """Write the state that is held, unless that is done.
+
+        `env_failed`: the environments have ended the run, and the next start is to draw other episodes.
+        """
+        if self.held is None or (self.held_step == self.saved_step and not env_failed):
+            return
+        if env_failed:
+            self.held["collector"]["restarts"] += 1
+        try:
+            save_checkpoint(self.run_dir, self.held_step, self.held, self.best_step)
+            self.saved_step, self.saved_at = self.held_step, time.monotonic()
+            self.replay.prune()
+        except (OSError, RuntimeError) as error:  # torch.save turns some errors of the system into RuntimeErrors
+            self._warn(error)
+            return
+        if self.failing:
+            say(f"step {self.held_step}: saved again")
+        self.failing = False
+
+    def _warn(self, error: Exception) -> None:
+        """Once for all failures in a row."""
+        if not self.failing:
+            warn(f"{self.run_dir} can't be written to, training goes on: {error}")
+        self.failing = True
+
+
+def versions(device: torch.device, autocast_dtype: torch.dtype | None) -> dict[str, str | int]:
+    """What has to stay the same for a resumed run to be bit for bit the uninterrupted one."""
+    return {
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+        "device": device.type,
+        "machine": platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "products in": str(autocast_dtype or torch.float32).removeprefix("torch."),
+    }
+
+
+def check_finite(agent: Dreamer, step: int) -> int:
+    """The number of updates just skipped in a row; Failure if learning has ended. Waits for the device."""
+    skipped, name = agent.skipped_in_a_row(), agent.non_finite()
+    if name is None and skipped >= MAX_SKIPPED_IN_A_ROW:
+        parts = zip(("world model", "actor", "critic"), agent.optimizers, strict=True)
+        name = "the gradient of the " + next(part for part, x in parts if float(x.skipped_in_a_row) == skipped)
+    if name is not None:
+        raise Failure(
+            f"step {step}: {name} is not finite ({skipped} updates skipped in a row); "
+            "the last checkpoint was saved before that"
+        )
+    return skipped
+
+
+class GlobalGenerators:
+    """The states of torch's generators, Python's and NumPy's global ones, in types that a checkpoint may hold."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def seed(self, seed: int) -> None:
+        """Seed all of them."""
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+
+    def redraw(self, restarts: int) -> None:
+        """Go on from other draws than those of the present states: environments may draw from these generators too."""
+        self.seed(random.getrandbits(31) + restarts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The generators' states."""
+        numpy: Any = np.random.get_state(legacy=False)
+        numpy["state"]["key"] = numpy["state"]["key"].tolist()
+        return {
+            "torch": torch.get_rng_state(),
+            "cuda": [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [],
+            "mps": [torch.mps.get_rng_state()] if self.device.type == "mps" else [],
+            "python": random.getstate(),
+            "numpy": numpy,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put the generators into these states."""
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        if state["cuda"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"][0], self.device)
+        if state["mps"] and self.device.type == "mps":
+            torch.mps.set_rng_state(state["mps"][0])
+        torch.set_rng_state(state["torch"])
+
+
+# ---------------------------------------------------------------------------------------------- replay
+
+
+class ReplayFiles:
+    """The finished episodes of a replay on disk, one file each, written once and never changed.
+
+    Args:
+        run_dir: the run folder.
+        replay: whose episodes are written, and restored.
+        enabled: false writes none, and the next checkpoint lists none.
+    """
+
+    def __init__(self, run_dir: Path, replay: ReplayBuffer, enabled: bool):
+        self.folder, self.replay, self.enabled = run_dir / "replay", replay, enabled
+        self.listed = 0  # number of the oldest episode that the newest state lists
+        self.needed = 0  # the same of the checkpoint before the next one
+
+    def write(self) -> None:
+        """Write the finished episodes that are on no disk yet. Raises OSError; a later call then goes on."""
+        if not self.enabled:
+            return
+        self.folder.mkdir(exist_ok=True)
+        for env, episode in self._finished():
+            if not episode.file:
+                buffer = io.BytesIO()
+                np.savez(buffer, **self.replay.export(env, episode))
+                data = buffer.getvalue()
+                name = f"episode_{episode.number:07d}_{_digest(data)}.npz"
+                write_file(self.folder / name, data)
+                episode.file = name
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sampling generator, and (file, ring, rows left) of each finished episode; call `write` before."""
+        index = [(x.file, env, x.length) for env, x in self._finished()] if self.enabled else []
+        newest = max((episode.number for _, episode in self._finished()), default=-1)
+        self.listed = min((_number(name) for name, _, _ in index), default=newest + 1)
+        rings = len(self.replay.episodes)
+        return {"index": index, "rings": rings, "next": newest + 1, "rng": self.replay.rng.bit_generator.state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Fill the empty replay with the episodes that a state lists and delete those that came later.
+
+        Says what is missing, damaged, or does not fit.
+        """
+        index = [tuple(row) for row in state["index"]]
+        placed = index if state["rings"] == len(self.replay.episodes) else self._place(index)
+        lost = []
+        for name, env, length in placed:
+            try:
+                self.replay.load(env, _load_episode(self.folder / name), length, _number(name), name)
+            except (Damaged, ValueError, IndexError) as error:
+                lost.append(str(error))
+        if lost:
+            more = " ..." if len(lost) > 3 else ""
+            warn(f"{len(lost)} of {len(index)} replay episodes skipped: {'; '.join(lost[:3])}{more}")
+        if len(placed) < len(index):
+            warn(f"{len(index) - len(placed)} of {len(index)} replay episodes, the oldest, do not fit any more")
+        if state["next"] and not index:
+            say("the replay was not saved: it is filled anew before the next update")
+        elif len(self.replay.episodes) > 1:
+            say("environments whose episodes were running at the checkpoint start new ones")
+        self.needed = self.listed = min((_number(name) for name, _, _ in index), default=state["next"])
+        self._delete(lambda number: number >= state["next"])
+        self.replay.rng.bit_generator.state = state["rng"]
+
+    def prune(self) -> None:
+        """After a save: delete the files that neither that checkpoint nor the one before it needs."""
+        oldest = min(self.needed, self.listed)
+        self._delete(lambda number: number < oldest)
+        self.needed = self.listed
+
+    def _finished(self) -> list[tuple[int, Episode]]:
+        """(ring, episode) of the finished ones."""
+        rings = enumerate(self.replay.episodes)
+        return [(env, episode) for env, episodes in rings for episode in episodes if episode.number >= 0]
+
+    def _place(self, index: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+        """Rings and rows for the episodes of another number of rings: the newest that fit, oldest first."""
+        free = [self.replay.rows] * len(self.replay.episodes)
+        placed = []
+        for name, _, length in sorted(index, key=lambda row: _number(row[0]), reverse=True):
+            ring = max(range(len(free)), key=lambda i: free[i])
+            if rows := min(length, free[ring]):  # the last rows, as a full ring keeps them
+                placed.append((name, ring, rows))
+                free[ring] -= rows
+        return placed[::-1]
+
+    def _delete(self, condition: Callable[[int], bool]) -> None:
+        for path in self.folder.glob("episode_*.npz"):
+            if EPISODE_NAME.fullmatch(path.name) and condition(_number(path.name)):
+                path.unlink()
+
+
+def _load_episode(path: Path) -> dict[str, np.ndarray]:
+    """The columns of an episode's file; Damaged if it is missing, damaged or something else."""
+    data = _read_verified(path, EPISODE_NAME)
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as columns:
+            return dict(columns)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise Damaged(f"{path.name} holds something else than plain arrays: refused") from error
+
+
+# ---------------------------------------------------------------------------------------------- policies
+
+
+def policy_file(policy: Policy, config: Config, **about: float) -> bytes:
+    """The bytes of a `policy.pt`: encoder, RSSM and actor with all that is needed to build them again."""
+    known = {
+        "config": dataclasses.asdict(config) | {"run_dir": ""},  # where it was learnt is nobody else's business
+        "image_shape": policy.encoder.shape,
+        "action_size": policy.actor.action_size,
+        "weights": {name: value.cpu() for name, value in policy.state_dict().items()},
+    }
+    return _torch_bytes(known | about)
+
+
+def load_policy(path: str | Path, device: torch.device | str = "cpu") -> tuple[Policy, Config]:
+    """The policy of a `policy.pt` and the configuration that it was trained with.
+
+    Raises UserError if the file is not there or is not a policy of this release.
+    """
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+        if not isinstance(saved, dict):  # a tensor would answer to a name with a warning of torch's
+            raise TypeError("no policy")
+        config = Config(**saved["config"])
+        if saved["config"].keys() != dataclasses.asdict(config).keys():  # a default of today may not be what it was
+            raise ValueError("a constant is missing")
+        policy = Policy.build(config, saved["image_shape"], saved["action_size"])
+        policy.load_state_dict(saved["weights"])
+    except FileNotFoundError as error:
+        raise UserError(f"there is no policy file {path}") from error
+    except Exception as error:  # torch.load raises almost anything for files that aren't its own
+        raise UserError(f"{path} is no policy file of this release: {type(error).__name__}") from error
+    return policy.to(device).eval(), config

@@ -1,0 +1,323 @@
+"""The command line: flags from the fields of `train.Config`, checks of their values, what is said before and after."""
+
+import dataclasses
+import difflib
+import functools
+import math
+import os
+import re
+import shlex
+import shutil
+import textwrap
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import torch
+import tyro
+
+from buffer import ReplayBuffer
+from runtime.console import UserError, say
+from runtime.device import free_memory, pick_device
+from runtime.envs import Envs
+from runtime.logger import Logger
+from train import PRESETS, Config, Dreamer, Range
+
+DESCRIPTION = """\
+Train DreamerV2 on RoboSuite, evaluate what it learnt, or draw its curves:
+  python run.py                           train with the preset that fits this machine
+  python run.py --task Door --seed 1      every constant of train.Config is a flag
+  python run.py --eval runs/Lift_cpu_0    evaluate a run or a policy file without training
+  python run.py --report runs/Lift_cpu_0  write report.html into a run folder; several: their curves together
+
+The same command continues a run from its newest checkpoint. Exit codes: 0 done, 1 failure, 2 wrong input, and
+128 + the signal's number if a signal stopped the run. The defaults below are those of the preset `standard`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags(Config):
+    """All flags: the constants, and what to do instead of training."""
+
+    eval: str = ""  # evaluate this run folder or policy file without training
+    report: tuple[str, ...] = ()  # write report.html about these run folders into the first of them
+
+
+class Command(typing.NamedTuple):
+    """What the command line asks for."""
+
+    config: Config
+    given: dict[str, Any]  # the constants among its flags
+    eval: Path | None
+    report: list[Path]
+
+
+# ---------------------------------------------------------------------------------------------- flags
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """The configuration that flags, preset and Config give together, and what to do. UserError for wrong input."""
+    check_fields(Config())  # the block in train.py may have been edited
+    words = [re.sub(r"(?<![^=])(true|false)$", lambda match: match[1].capitalize(), word) for word in argv]
+    with tyro._errors.on_parse_error(_refuse):
+        flags = tyro.cli(
+            Flags,
+            prog="run.py",
+            description=DESCRIPTION,
+            args=words,
+            config=(tyro.conf.FlagConversionOff,),
+            use_underscores=True,
+        )
+    named = {re.split("=", word)[0].lstrip("-").replace("-", "_") for word in words if word.startswith("--")}
+    given = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Config) if field.name in named}
+    preset = flags.preset
+    if preset == "auto":
+        preset = "cpu" if pick_device(flags.device).type == "cpu" else "standard"
+    config = Config(**PRESETS[preset] | given | {"preset": preset})
+    if "eval" in named and not flags.eval:
+        raise UserError("--eval needs a run folder or a policy file")
+    if "report" in named and not all(flags.report or [""]):
+        raise UserError("--report needs one run folder or several")
+    if flags.eval:
+        check_fields(config)
+        _check_given_with_eval(given)
+    elif not flags.report:
+        check_config(config)
+    return Command(config, given, _path(flags.eval) if flags.eval else None, [_path(name) for name in flags.report])
+
+
+def _path(name: str) -> Path:
+    """A path in which `~` is the home folder."""
+    return Path(os.path.expanduser(name))  # unlike Path.expanduser, this takes the `~` of an unknown user as it is
+
+
+def _refuse(event: Any) -> NoReturn:
+    """Turn tyro's account of a wrong command line into one line (UserError)."""
+    errors = tyro._errors
+    if isinstance(event, errors.UnrecognizedArgs):
+        flag = event.tokens[0].split("=")[0]
+        near = _nearest(flag)
+        raise UserError(f"unknown flag {flag}: " + (f"did you mean {near}?" if near else "see python run.py --help"))
+    argument = getattr(event, "argument", None)
+    name = argument.lowered.name_or_flags[0].lstrip("-") if argument is not None else ""
+    if isinstance(event, errors.InvalidChoice):
+        valid = ", ".join(str(choice).lower() if choice in ("True", "False") else choice for choice in event.choices)
+        raise UserError(f"{name} {event.value} is unknown; valid: {valid}")
+    if isinstance(event, errors.InstantiationFailure) and name in hints():  # int's or float's: "...: 'abc'"
+        value = event.message.rpartition(": ")[2]
+        raise UserError(f"{name} {value} is of the wrong type: it must be {WORDS[_type_and_marks(hints()[name])[0]]}")
+    raise UserError(f"{name or 'flags'}: a value is missing; see python run.py --help")
+
+
+def _nearest(flag: str) -> str | None:
+    """The flag that a misspelt one is most like. A stray word is none."""
+    if not flag.startswith("-"):
+        return None
+    names = [f"--{field.name}" for field in dataclasses.fields(Flags)]
+    spelt = "--" + flag.lstrip("-").replace("-", "_")
+    return next(iter(difflib.get_close_matches(spelt, names, 1)), None)
+
+
+def _check_given_with_eval(given: dict[str, Any]) -> None:
+    """Refuse flags that an evaluation would ignore, or that do not fit the weights (UserError)."""
+    env, fixed = marked("env"), marked("fixed")
+    free = {*env, "device", "eval_episodes", "eval_steps", "eval_action"} - {*fixed, "episode_steps"}
+    for name, value in given.items():
+        if name not in free:
+            raise UserError(f"{name} {_text(value)} can't be chosen with --eval; valid: {', '.join(sorted(free))}")
+
+
+# ---------------------------------------------------------------------------------------------- fields
+
+
+WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+@functools.cache
+def hints() -> dict[str, Any]:
+    """The types of Config's fields with all their marks."""
+    return typing.get_type_hints(Config, include_extras=True)
+
+
+def marked(mark: str) -> tuple[str, ...]:
+    """Names of the fields that carry a mark: `fixed`, `env`."""
+    return tuple(name for name, hint in hints().items() if mark in getattr(hint, "__metadata__", ()))
+
+
+def env_options(config: Config) -> dict[str, Any]:
+    """The keywords of `make_env`, seed excepted, of a configuration."""
+    return {name: getattr(config, name) for name in marked("env")}
+
+
+def _type_and_marks(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
+
+
+def check_fields(config: Config) -> None:
+    """Refuse values that their fields' types don't allow: UserError, one line with field, value and what is valid."""
+    for name, hint in hints().items():
+        kind, *marks = _type_and_marks(hint)
+        value = getattr(config, name)
+        if typing.get_origin(kind) is tuple:
+            if not isinstance(value, tuple):
+                raise UserError(f"{name} {value!r} is of the wrong type: it must be several names, as a tuple")
+            for item in value:
+                _check_value(name, item, typing.get_args(kind)[0])
+        else:
+            _check_value(name, value, kind)
+        for mark in marks:
+            if isinstance(mark, Range):
+                _check_range(name, value, mark)
+
+
+def _check_value(name: str, value: Any, kind: Any) -> None:
+    if typing.get_origin(kind) is Literal:
+        valid = typing.get_args(kind)
+        if not any(value == choice and type(value) is type(choice) for choice in valid):
+            raise UserError(f"{name} {value} is unknown; valid: {', '.join(map(str, valid))}")
+        return
+    right = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+    if not right:
+        raise UserError(f"{name} {value!r} is of the wrong type: it must be {WORDS[kind]}")
+
+
+def _check_range(name: str, value: float, allowed: Range) -> None:
+    low = value > allowed.low if allowed.above else value >= allowed.low
+    if not (math.isfinite(value) and low and value <= allowed.high):
+        words = f"{'above' if allowed.above else 'at least'} {allowed.low:g}"
+        words += f" and at most {allowed.high:.10g}" if math.isfinite(allowed.high) else ""
+        raise UserError(f"{name} {value} is out of range: it must be {words}")
+
+
+def check_config(config: Config) -> None:
+    """Refuse values that can't work, alone or together: UserError, one line."""
+    check_fields(config)
+    c = config
+    if c.entropy_updates and not (c.actor_entropy and c.actor_entropy_final):
+        raise UserError(
+            f"entropy_updates {c.entropy_updates} needs actor_entropy {c.actor_entropy} and actor_entropy_final "
+            f"{c.actor_entropy_final} above 0: the weight goes from one to the other by equal factors"
+        )
+    if c.eval_steps % c.action_repeat:
+        raise UserError(f"eval_steps {c.eval_steps} is not a multiple of action_repeat {c.action_repeat}")
+    rows = c.episode_steps // c.action_repeat + 1
+    if rows < c.batch_length:
+        raise UserError(
+            f"batch_length {c.batch_length} is longer than an episode of {rows} rows "
+            f"(episode_steps {c.episode_steps} / action_repeat {c.action_repeat}, and the reset)"
+        )
+    # Of the two episodes that share a full replay, one has a whole sequence if there is room for two.
+    for name, sequences in (("prefill", 1), ("capacity", 2)):
+        least = sequences * c.num_envs * c.batch_length
+        if getattr(c, name) < least:
+            raise UserError(
+                f"{name} {getattr(c, name)} is too small: at least {least}, {sequences} x num_envs {c.num_envs} x "
+                f"batch_length {c.batch_length}"
+            )
+    # Reset rows, and the first remaining row of a half-overwritten episode, do not count as steps.
+    ring = c.capacity // c.num_envs
+    held = c.num_envs * (ring - math.ceil(ring / rows) - 1)
+    if held < c.prefill:
+        raise UserError(f"capacity {c.capacity} is too small: it holds {held} agent steps, prefill is {c.prefill}")
+    if c.steps < c.prefill * c.action_repeat:
+        raise UserError(f"steps {c.steps} end before the prefill of {c.prefill * c.action_repeat} control steps does")
+
+
+def check_same_run(run_dir: Path, saved: dict[str, Any], config: Config) -> None:
+    """Refuse to continue a run with other fixed constants (UserError); say which other constants changed."""
+    no_matter = {"rotation_scale"} if config.controller != "OSC_POSE" else set()
+    for name, new in dataclasses.asdict(config).items():
+        old = saved.get(name)
+        if old is None or tuple(old) == new if isinstance(new, tuple) else old == new:
+            continue
+        if name in marked("fixed") and name not in no_matter:
+            made = f"the run in {run_dir}, made with {_text(old)}"
+            raise UserError(f"{name} {_text(new)} does not fit {made}: choose another --run_dir")
+        if name not in ("run_dir", "device", "wandb"):
+            say(f"changed since the checkpoint: {name} {_text(old)} -> {_text(new)}")
+
+
+# ---------------------------------------------------------------------------------------------- words
+
+
+def run_dir(config: Config) -> Path:
+    """The run folder of a configuration."""
+    return _path(config.run_dir or f"runs/{config.task}_{config.preset}_{config.seed}")
+
+
+def preflight(
+    config: Config,
+    given: dict[str, Any],
+    folder: Path,
+    agent: Dreamer,
+    envs: Envs,
+    replay: ReplayBuffer,
+    wandb_mode: tuple[str, str],
+) -> None:
+    """Say in a few lines what is about to happen; refuse what can't fit (UserError)."""
+    c = config
+    why = "as asked" if given.get("preset", "auto") != "auto" else f"--preset auto on {agent.device}"
+    say(f"preset {c.preset} ({why}), seed {c.seed}, {c.steps} control steps")
+    if replaced := [f"{name}={_text(getattr(c, name))}" for name in PRESETS[c.preset] if name not in given]:
+        say(textwrap.fill(f"the preset replaces: {', '.join(replaced)}", 79, subsequent_indent="  "))
+    precision = "bfloat16 products, float32 parameters" if agent.autocast_dtype else "float32"
+    threads = f", threads: {torch.get_num_threads()}" if agent.device.type == "cpu" else ""
+    say(f"device {agent.device}, {precision}{threads}")
+    say(
+        f"task {c.task} with {c.robot}, {c.controller}, {c.num_envs} env(s): image {agent.image_shape}, "
+        f"{agent.action_size} actions"
+    )
+    if c.gripper_hold and not envs.metadata.get("gripper"):
+        say(f"gripper_hold {c.gripper_hold} is off: this environment's last action is no gripper's")
+    modules = {"world model": agent.world_model, "actor": agent.behavior.actor, "value": agent.behavior.value}
+    sizes = {name: sum(p.numel() for p in module.parameters()) / 1e6 for name, module in modules.items()}
+    say("parameters: " + ", ".join(f"{name} {size:.2f} M" for name, size in sizes.items()))
+    _say_replay(c, folder, replay)
+    say(f"W&B {wandb_mode[0]} ({wandb_mode[1]})")
+    say(f"run folder {folder}")
+
+
+def _say_replay(config: Config, folder: Path, replay: ReplayBuffer) -> None:
+    need, free = replay.bytes(config.steps // config.action_repeat), free_memory()
+    if replay.image.is_cuda:
+        say(f"replay: {replay.image.nbytes / 1e9:.2f} GB of the GPU's memory")
+    elif need <= free:
+        say(f"replay: up to {need / 1e9:.2f} GB of memory, {free / 1e9:.1f} GB free")
+    else:
+        rows = int(free / replay.row_bytes * 0.9)
+        raise UserError(
+            f"capacity {config.capacity} needs {need / 1e9:.1f} GB but {free / 1e9:.1f} are free: try {rows}"
+        )
+    if config.save_replay:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        say(f"replay on disk: up to {need / 1e9:.2f} GB, {shutil.disk_usage(there).free / 1e9:.1f} GB free")
+    else:
+        say("replay on disk: none; a resumed run fills it anew")
+
+
+def farewell(step: int, episodes: int, updates: int, best: tuple[float, float] | None, logger: Logger) -> None:
+    """Say what a finished run gave, and where it is. `best` are return and success rate of its evaluations."""
+    folder = shlex.quote(str(logger.run_dir))
+    say(f"done: {step} steps, {episodes} episodes, {updates} updates")
+    if best is not None:
+        say(f"best evaluation return {best[0]:.1f}, best success rate {best[1]:.0%}")
+    lines = {
+        "numbers": f"{folder}/metrics.jsonl",
+        "videos": f"{folder}/videos",
+        "policy": f"python run.py --eval {folder}",
+        "curves": f"python run.py --report {folder}",
+    }
+    if logger.wandb:
+        lines["W&B"] = f"wandb leet {folder}/wandb" if logger.wandb.offline else logger.wandb.url
+    for name, where in lines.items():
+        say(f"  {name:<8} {where}")
+
+
+def _text(value: Any) -> str:
+    """A value as a flag takes it."""
+    if isinstance(value, tuple | list):
+        return " ".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+__all__ = ["Command", "check_config", "env_options", "farewell", "parse", "preflight", "run_dir"]

@@ -1,0 +1,299 @@
+"""Collection: exploration of the gripper, the ratio of updates to steps, and the collector that fills the replay."""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import AsyncVectorEnv
+from torch import Tensor
+
+from buffer import ReplayBuffer, Transition
+from runtime.console import StopSignals, warn
+from runtime.envs import BrokenEnv, EnvFailure, Envs
+from runtime.logger import Stopwatch
+from train import ActState, Config, Dreamer
+
+FAILED, RECENT = 10, 20  # a run ends when so many of its last episodes have failed
+
+
+class GripperHold:
+    """Exploration that now and then holds a random command of the gripper, the last action, for several steps.
+
+    Only the sign of that action counts, and RoboSuite's fingers need about 0.4 s to open or close. Signs drawn anew
+    every step leave them half open, where the cube doesn't fit between them.
+
+    Args:
+        share: of the policy's episodes that are disturbed; of the random actions before training, all are, unless 0.
+        num_envs: environments that are told apart.
+        rng: what it draws from. Where a run goes on, its state is all that has to come back.
+    """
+
+    START = 0.1  # chance of a disturbed policy's step to begin a hold
+    STEPS = (4, 13)  # agent steps of a hold
+
+    def __init__(self, share: float, num_envs: int, rng: np.random.Generator):
+        self.share, self.rng = share, rng
+        self.disturbed = np.zeros(num_envs, bool)
+        self.left, self.command = np.zeros(num_envs, int), np.zeros(num_envs)
+
+    def begin(self, env: int) -> None:
+        """An episode of environment `env` begins."""
+        if self.share:
+            self.disturbed[env], self.left[env] = self.rng.random() < self.share, 0
+
+    def __call__(self, action: np.ndarray, is_random: bool) -> np.ndarray:
+        """Actions (num_envs, A) with the held commands in place of the gripper's own."""
+        if not self.share:
+            return action
+        action = action.copy()
+        for i in range(len(action)):
+            if self.left[i] == 0 and (is_random or (self.disturbed[i] and self.rng.random() < self.START)):
+                self.left[i] = self.rng.integers(*self.STEPS, endpoint=True)
+                self.command[i] = self.rng.choice((-1.0, 1.0))
+            if self.left[i]:
+                self.left[i] -= 1
+                action[i, -1] = self.command[i]
+        return action
+
+
+@dataclasses.dataclass
+class EpisodeStats:
+    """Figures of one episode; times in control steps, `repeat` of which make an agent step."""
+
+    repeat: int
+    total: float = 0.0
+    length: int = 0
+    max_reward: float = -math.inf  # of a control step
+    success_at: int = 0  # 0: not yet
+
+    def add(self, reward: float, success: bool) -> None:
+        """One agent step."""
+        self.total += reward
+        self.length += self.repeat
+        self.max_reward = max(self.max_reward, reward / self.repeat)
+        if success and not self.success_at:
+            self.success_at = self.length
+
+    def metrics(self) -> dict[str, float]:
+        """Without `time_to_success` if there was none, and without `max_reward` if there was no step."""
+        figures = {"return": self.total, "length": self.length, "success": float(self.success_at > 0)}
+        figures |= {"max_reward": self.max_reward} if self.length else {}
+        return figures | ({"time_to_success": self.success_at} if self.success_at else {})
+
+
+class UpdateRatio:
+    """How many updates are due: `pretrain` after the prefill, then one for each `train_every` agent steps."""
+
+    def __init__(self, config: Config, replay: ReplayBuffer):
+        self.config, self.replay = config, replay
+        self.owed = 0.0  # agent steps that no update was made for yet
+        self.pretrained = False
+
+    def due(self) -> int:
+        """Updates that are due after one more agent step in each environment."""
+        c = self.config
+        if self.replay.steps < c.prefill:
+            return 0
+        pretrain, new = 0, c.num_envs
+        if not self.pretrained:
+            self.pretrained, pretrain = True, c.pretrain
+            new = self.replay.steps - c.prefill  # those beyond the prefill
+        self.owed += new
+        due = int(self.owed / c.train_every + 1e-9)  # train_every may be a fraction such as 1.6
+        self.owed -= due * c.train_every
+        return pretrain + due
+
+    def state_dict(self) -> dict[str, Any]:
+        """The steps that are owed."""
+        return {"owed": self.owed, "pretrained": self.pretrained}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        self.owed, self.pretrained = state["owed"], state["pretrained"]
+
+
+class Collector:
+    """Acts in the environments, one agent step at a time in all of them, and writes what happens into the replay.
+
+    A round is `act` (begin episodes, choose actions, let the environments step), `observe` (take what they answer) and
+    `finish_episodes`. Between the first two, workers step on their own.
+
+    Args:
+        config: the run's constants.
+        envs: the training environments; each row of theirs goes to a ring of its own in the replay.
+        agent: whose policy acts; before its first update, actions are random.
+        replay: where rows go.
+        watch: told the seconds that stepping and acting take.
+        stop: asked whether a worker has ended because the whole run is to stop.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        envs: Envs,
+        agent: Dreamer,
+        replay: ReplayBuffer,
+        watch: Stopwatch,
+        stop: StopSignals,
+    ):
+        self.config, self.envs, self.agent, self.replay, self.watch = config, envs, agent, replay, watch
+        self.stop = stop
+        self.step = 0  # control steps so far
+        self.episode = 0  # finished episodes
+        envs.single_action_space.seed(config.seed)
+        self.rng = envs.single_action_space.np_random
+        has_gripper = bool(envs.metadata.get("gripper"))
+        self.gripper_hold = GripperHold(config.gripper_hold if has_gripper else 0.0, config.num_envs, self.rng)
+        self.resets = np.ones(config.num_envs, bool)
+        self.stats = [EpisodeStats(config.action_repeat) for _ in self.resets]
+        self.failed = np.zeros(config.num_envs, bool)  # in the present episode
+        self.recent: deque[bool] = deque(maxlen=RECENT)  # whether the last episodes failed
+        self.last_fault = ""
+        self.successes: deque[float] = deque(maxlen=10)
+        self.last_return = 0.0
+        self.image = np.zeros(0, np.uint8)
+        self.action = np.zeros(0)
+        self.act_state: ActState | None = None
+        self.lost_workers = False
+
+    def act(self) -> None:
+        """Begin the episodes that are due, choose all actions, and let the environments start to step."""
+        if self.resets.any():
+            with self.watch("env"), self._env_failures():
+                self.image, info = self.envs.reset(options={"reset_mask": self.resets.copy()})
+            self._tell_faults(info)
+            for i in np.flatnonzero(self.resets):
+                self.replay.add(Transition(self.image[i], np.zeros(self.agent.action_size), 0.0, True, False), i)
+                self.stats[i], self.failed[i] = EpisodeStats(self.config.action_repeat), False
+                self.gripper_hold.begin(i)
+        with self.watch("update"):  # acting waits for the GPU's updates: the two can't be told apart
+            self._choose_actions()
+        if isinstance(self.envs, AsyncVectorEnv):
+            with self.watch("env"), self._env_failures():
+                self.envs.step_async(self.action)
+
+    def observe(self) -> None:
+        """Take what the environments answer. A row whose environment failed is not trained on."""
+        with self.watch("env"), self._env_failures():
+            envs = self.envs
+            answer = envs.step_wait() if isinstance(envs, AsyncVectorEnv) else envs.step(self.action)
+            self.image, reward, terminated, truncated, info = answer
+        failed = self._tell_faults(info)
+        success = info.get("success", np.zeros(len(failed), bool))
+        for i in np.flatnonzero(~failed):
+            self.replay.add(Transition(self.image[i], self.action[i], reward[i], False, terminated[i]), i)
+            self.stats[i].add(float(reward[i]), bool(success[i]))
+        self.step += self.config.num_envs * self.config.action_repeat
+        self.failed |= failed
+        self.resets = terminated | truncated
+
+    def finish_episodes(self) -> list[dict[str, float]]:
+        """Figures of the episodes that have just ended. Failure if too many of the last ones ended through a fault."""
+        ended = []
+        for i in np.flatnonzero(self.resets):
+            self.replay.finish(i, self.episode)
+            self.episode += 1
+            ended.append(self.stats[i].metrics())
+            self.recent.append(bool(self.failed[i]))
+            self.successes.append(ended[-1]["success"])
+            self.last_return = ended[-1]["return"]
+        return ended
+
+    def describe_recent(self) -> str:
+        """The last episodes for the progress bar: the return of the last one, the share of ten with success."""
+        return f"return {self.last_return:.3g}, success {np.mean(self.successes):.0%}" if self.successes else ""
+
+    def check_faults(self) -> None:
+        """Raise Failure if too many of the last episodes ended through a fault of the environment."""
+        if sum(self.recent) >= FAILED:
+            share = f"{sum(self.recent)} of the last {len(self.recent)} episodes"
+            raise EnvFailure(f"the environments failed in {share}, the last time with {self.last_fault}")
+
+    def close(self) -> None:
+        """Close the environments, or end workers one of which has died: the answer to a call may never come."""
+        if not self.lost_workers:
+            with contextlib.suppress(OSError, EOFError):  # of a worker that was killed after its last call
+                self.envs.close()
+                return
+        self.envs.closed = True
+        for process in getattr(self.envs, "processes", ()):
+            process.terminate()
+            process.join()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and generators: all that decides the episodes to come where all have just ended."""
+        with self._env_failures():
+            rngs = self.envs.get_attr("np_random")
+        return {
+            "step": self.step,
+            "episode": self.episode,
+            "restarts": 0,  # ends through a fault of the environments at this state: Checkpointer.save counts them
+            "action_space": self.rng.bit_generator.state,
+            "envs": [rng.bit_generator.state for rng in rngs],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state; after an end through the environments' fault, from other draws."""
+        self.step, self.episode = state["step"], state["episode"]
+        if len(state["envs"]) == self.config.num_envs:
+            self.envs.set_attr("np_random", [_generator(saved, state["restarts"]) for saved in state["envs"]])
+        else:
+            warn(f"num_envs was {len(state['envs'])}: the environments start from new seeds")
+        if state["restarts"]:
+            warn("the run ended through a fault of its environments: their next episodes are drawn anew")
+        self.rng.bit_generator.state = _generator(state["action_space"], state["restarts"]).bit_generator.state
+
+    def _choose_actions(self) -> None:
+        """Random actions until the first update, then the policy's: (num_envs, A)."""
+        if self.agent.updates == 0:
+            action = np.stack([self.envs.single_action_space.sample() for _ in self.resets])
+            self.action = self.gripper_hold(action, is_random=True)
+            return
+        # The policy takes over from random actions, or from nothing after a resume.
+        is_first = np.ones_like(self.resets) if self.act_state is None else self.resets
+        images, first = (torch.as_tensor(x, device=self.agent.device) for x in (self.image, is_first))
+        wanted, state = self.agent.act(images, self.act_state, first)
+        self.action = self.gripper_hold(wanted.float().cpu().numpy(), is_random=False)
+        # Store the executed action, so that the policy's state matches the replay.
+        self.act_state = state._replace(action=self._tensor(self.action))
+
+    def _tensor(self, action: np.ndarray) -> Tensor:
+        return torch.as_tensor(action, dtype=torch.float32, device=self.agent.device)
+
+    def _tell_faults(self, info: dict[str, Any]) -> np.ndarray:
+        """Say which environments were built anew; (num_envs,) bool."""
+        failed = np.asarray(info.get("_env_error", np.zeros(self.config.num_envs)), bool)
+        for i in np.flatnonzero(failed):
+            self.last_fault = info["env_error"][i]
+            warn(f"environment {i} was rebuilt after a fault: {self.last_fault}")
+        return failed
+
+    @contextlib.contextmanager
+    def _env_failures(self) -> Iterator[None]:
+        """Turn what ends the environments for good into a Failure: a dead worker, one that can't be mended."""
+        try:
+            yield
+        except (EOFError, ConnectionError) as error:
+            self.lost_workers = True
+            time.sleep(0.5)  # a signal that ended a worker may be on its way to this process too
+            self.stop.check()
+            codes = [process.exitcode for process in getattr(self.envs, "processes", ())]
+            raise EnvFailure(f"an environment's process has ended; exit codes: {codes}") from error
+        except BrokenEnv as error:
+            self.lost_workers = True
+            raise EnvFailure(str(error)) from error
+
+
+def _generator(state: dict[str, Any], restarts: int) -> np.random.Generator:
+    """A generator in a saved state, or far behind it after so many restarts."""
+    generator = np.random.default_rng()
+    generator.bit_generator.state = state
+    bits = generator.bit_generator
+    assert isinstance(bits, np.random.PCG64)  # as default_rng has it
+    return np.random.Generator(bits.jumped(restarts)) if restarts else generator

@@ -1,0 +1,180 @@
+"""The environments of a run: built together, in worker processes if there are several, and built anew after a fault.
+
+An environment of the world outside fails now and then. Here that is one event, whatever raised or was not a number:
+the episode ends, a line says why, and the next one is drawn anew. This file imports no torch: workers need none.
+"""
+
+import contextlib
+import functools
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+
+from runtime.console import Failure, Tolerant, UserError
+
+MakeEnv = Callable[..., gymnasium.Env]
+Envs = SyncVectorEnv | AsyncVectorEnv
+
+FLOAT32_MAX = float(np.finfo(np.float32).max)  # the replay's rewards are float32
+FAULTS = (Exception, SystemExit)  # a simulator may raise anything, and some call sys.exit
+RESET_TRIES = 10  # a reset that fails is drawn anew so often, each time in an environment that was built anew
+
+
+class BrokenEnv(RuntimeError):
+    """An environment that can't be mended; the message is for the user."""
+
+
+class RebuildingEnv(gymnasium.Wrapper):
+    """Builds its environment anew after a fault, and goes on with its generator.
+
+    A fault is an exception in `step` or `reset`, an image of another type or shape than the space's, a reward that is
+    no finite float32, or an info that is no dict. In `step` it ends the episode: the last image once more, no reward,
+    truncated. In `reset` it is followed by other draws, RESET_TRIES times. Either is told in info["env_error"], one
+    line; beside that, only info["success"] is passed on, since a vector of environments can't stack all that an info
+    may hold. Raises BrokenEnv if other draws do not help; what the first `build` raises passes through.
+
+    Args:
+        build: makes the environment.
+    """
+
+    def __init__(self, build: Callable[[], gymnasium.Env]) -> None:
+        super().__init__(build())
+        self._build = build
+        self._image: np.ndarray | None = None
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        """Begin an episode; see the class for what happens after a fault."""
+        told: dict[str, str] = {}
+        for _ in range(RESET_TRIES):
+            try:
+                image, info = self.env.reset(**kwargs)
+                self._check(image, 0.0, info)
+                success = bool(info.get("success", False))
+            except FAULTS as error:
+                told = {"env_error": describe_error(error)}
+                kwargs.pop("seed", None)  # which would repeat the draws
+                self._rebuild()
+                self.env.np_random.random()  # in case that no draw was made before the fault
+            else:
+                self._image = image
+                return image, {"success": success, **told}
+        raise BrokenEnv(f"{RESET_TRIES} resets failed one after the other, the last with {told['env_error']}")
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """One agent step; see the class for what happens after a fault."""
+        try:
+            image, reward, terminated, truncated, info = self.env.step(action)
+            self._check(image, reward, info)
+            success = bool(info.get("success", False))
+            answer = image, float(reward), bool(terminated), bool(truncated), {"success": success}
+        except FAULTS as error:
+            self._rebuild()
+            assert self._image is not None
+            return self._image, 0.0, False, True, {"success": False, "env_error": describe_error(error)}
+        self._image = image
+        return answer
+
+    def close(self) -> None:
+        """Close the environment; one that can't even close is let go."""
+        with contextlib.suppress(*FAULTS):
+            self.env.close()
+
+    def _check(self, image: np.ndarray, reward: Any, info: Any) -> None:
+        """Here, because on its way to the replay an image is cast to the space's type, NaNs included."""
+        space = self.env.observation_space
+        if image.dtype != space.dtype or image.shape != space.shape:
+            raise ValueError(f"an image of {image.dtype} {image.shape}, not of {space.dtype} {space.shape}")
+        if not math.isfinite(reward) or abs(reward) > FLOAT32_MAX:
+            raise ValueError(f"a reward of {reward}")
+        if not isinstance(info, dict):
+            raise TypeError(f"an info of {type(info).__name__}, not a dict")
+
+    def _rebuild(self) -> None:
+        generator = self.env.np_random
+        self.close()
+        try:
+            self.env = self._build()
+        except FAULTS as error:
+            raise BrokenEnv(f"an environment can't be built anew: {describe_error(error)}") from error
+        self.env.np_random = generator
+
+
+def describe_error(error: BaseException) -> str:
+    """One line: type, message, and the file and line that raised."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({os.path.basename(place.filename)}:{place.lineno})".replace("\n", " ")
+
+
+def make_vector_env(builders: Sequence[Callable[[], gymnasium.Env]]) -> Envs:
+    """Environments that step together and are built anew after a fault (`RebuildingEnv`).
+
+    One lives in this process, several in spawned workers that end with it.
+    """
+    makers = [functools.partial(_rebuilding, build) for build in builders]
+    if len(makers) == 1:
+        return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.DISABLED)
+    return AsyncVectorEnv(makers, context="spawn", autoreset_mode=AutoresetMode.DISABLED)
+
+
+def _rebuilding(build: Callable[[], gymnasium.Env]) -> RebuildingEnv:
+    if multiprocessing.parent_process() is not None:
+        for name in ("SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):  # reach workers too; the parent decides
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+        sys.stdout, sys.stderr = Tolerant(sys.stdout), Tolerant(sys.stderr)
+    return RebuildingEnv(build)
+
+
+def _end_with_parent() -> None:
+    """End this worker when the parent has ended, by kill -9 too, and also if the simulator hangs."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+class EnvFailure(Failure):
+    """The environments can't go on; what was learnt is sound."""
+
+    def __init__(self, reason: str):
+        super().__init__(f"{reason}; the same command goes on, and draws other episodes")
+
+
+def make_envs(options: dict[str, Any], num_envs: int, seed: int, make_env: MakeEnv) -> Envs:
+    """The training environments, with seeds `seed`, `seed` + 1, ...; `options` are the other keywords of `make_env`."""
+    with build_errors():
+        return make_vector_env([functools.partial(make_env, **options, seed=seed + i) for i in range(num_envs)])
+
+
+@contextlib.contextmanager
+def build_errors() -> Iterator[None]:
+    """What an environment refuses when it is built is the user's to mend (UserError); other errors are Failures."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    except RuntimeError as error:  # a machine that can't render
+        raise Failure(str(error)) from error
+
+
+def check_spaces(envs: Envs, task: str, cameras: int, image_size: int) -> tuple[tuple[int, int, int], int]:
+    """The image shape (C, H, W) and the action size A; UserError if the agent can't work with the spaces."""
+    images, actions = envs.single_observation_space, envs.single_action_space
+    image_shape = (3 * cameras, image_size, image_size)
+    if images.dtype != np.uint8 or images.shape != image_shape:
+        raise UserError(f"task {task}: its images {images.dtype} {images.shape} are not uint8 {image_shape}")
+    if not isinstance(actions, gymnasium.spaces.Box) or (actions.low != -1).any() or (actions.high != 1).any():
+        raise UserError(f"task {task}: its action space {actions} is not a Box in [-1, 1]")
+    return image_shape, actions.shape[0]

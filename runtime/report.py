@@ -1,0 +1,293 @@
+"""report.html shows runs at a glance: curves, evaluations, pictures and constants, in one file that loads no other."""
+
+import base64
+import io
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from runtime.checkpoint import write_file
+from runtime.console import UserError
+from runtime.logger import read_metrics
+from runtime.metrics import SECTIONS, Panel, meaning
+from train import CONTEXT, Config
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.typing import RcKeyType
+
+COLORS = ("#0b6fb8", "#d9730d", "#2a9d5c", "#c23b6b", "#7a5bc9", "#8a6d3b", "#4b9fb5", "#777777")
+DASHES = ("-", "--", ":", "-.")  # they tell metrics apart where colors tell runs apart
+PLOT_STYLE: "dict[RcKeyType, Any]" = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#9999aa",
+    "axes.grid": True,
+    "grid.color": "#e8eaed",
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.7,
+    "svg.hashsalt": "report",  # equal runs give equal files
+}
+FACTS = ("task", "robot", "controller", "preset", "seed")  # constants in the first line
+CARDS = {  # label: metric and its form
+    "updates": "{perf/updates:,.0f}",
+    "env steps a second": "{perf/env_steps_per_s:.3g}",
+    "updates a second": "{perf/updates_per_s:.3g}",
+    "GB of RAM": "{perf/ram_gb:.2f}",
+    "GB of GPU memory": "{perf/gpu_gb:.2f}",
+}
+COLUMNS = {  # of the table of evaluations
+    "control step": "{env_step:,}",
+    "return": "{eval/return_mean:.1f} ± {eval/return_std:.1f}",
+    "success": "{eval/success_rate:.0%}",
+    "steps to success": "{eval/time_to_success_mean:.0f}",
+    "largest reward": "{eval/max_reward_mean:.2f}",
+    "image MSE, 15 steps": "{openloop/image_mse_15:.4f}",
+    "reward error": "{reward/error:.3f}",
+    "value predicted": "{behavior/value_predicted:.2f}",
+    "realized": "{behavior/value_realised:.2f}",
+    "episodes": "{eval/episodes:.0f}",
+}
+FILMS = {  # kind of video: title, and the frames that are shown, as shares of its length
+    "eval": ("An evaluation episode: the robot, and what the agent sees", (0.0, 0.25, 0.5, 0.75, 1.0)),
+    "openloop": (f"Open-loop prediction: {CONTEXT} frames seen, then imagined", (0.08, 0.4, 1.0)),
+    "dream": ("What the policy imagines", (0.1, 0.388, 1.0)),
+}
+UNREADABLE = (OSError, ImportError, RuntimeError, ValueError, IndexError)  # a damaged video, or one without ffmpeg
+
+
+@dataclass
+class Picture:
+    """An image within the page."""
+
+    title: str
+    source: str  # data: URI
+    about: str = ""  # shown while the pointer is on the image
+
+
+@dataclass
+class Film:
+    """Frames of a video, or the problem with it."""
+
+    kind: str
+    title: str
+    after: str = ""
+    pictures: list[Picture] = field(default_factory=list)
+    problem: str = ""
+
+
+@dataclass
+class RunData:
+    """What a run folder holds, in the form in which the page shows it."""
+
+    folder: Path
+    name: str
+    color: str
+    lines: list[dict[str, float]]  # of metrics.jsonl
+    torn: int  # lines that could not be read
+    config: dict[str, Any]
+
+    def series(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return control steps and values of a metric, (N,) each."""
+        points = [(line["env_step"], line[metric]) for line in self.lines if metric in line]
+        steps, values = np.array(points, float).reshape(-1, 2).T
+        return steps, values
+
+    def about(self) -> str:
+        """Return what the run is, in one line."""
+        words = [f"{name} {self.config[name]}" for name in FACTS if name in self.config]
+        written = time.localtime((self.folder / "metrics.jsonl").stat().st_mtime)
+        words.append(f"last metrics {time.strftime('%Y-%m-%d %H:%M', written)}")
+        if self.torn:
+            words.append(f"{self.torn} unreadable line(s) in metrics.jsonl left out")
+        return " · ".join(words)
+
+    def cards(self) -> list[tuple[str, str]]:
+        """Return the key figures as (label, value)."""
+        total = self.config.get("steps")
+        cards = [("control steps" + (f" of {total:,}" if total else ""), f"{self.lines[-1]['env_step']:,}")]
+        returns, success = self.series("eval/return_mean")[1], self.series("eval/success_rate")[1]
+        if len(returns):
+            cards += [("evaluation return, last", f"{returns[-1]:.1f}"), ("best", f"{returns.max():.1f}")]
+        if len(success):
+            cards += [("success rate, last", f"{success[-1]:.0%}"), ("best", f"{success.max():.0%}")]
+        cards.append(("training episodes", f"{len(self.series('episode/return')[0])}"))
+        latest = {name: value for line in self.lines for name, value in line.items()}
+        return cards + [(label, text) for label, form in CARDS.items() if (text := _fill(form, latest))]
+
+    def evaluations(self) -> list[tuple[bool, list[str]]]:
+        """Return the rows of the table of evaluations, each with whether its return is the best."""
+        lines = [line for line in self.lines if "eval/return_mean" in line]
+        best = max(lines, key=lambda line: line["eval/return_mean"], default=None)
+        return [(line is best, [_fill(form, line) or "–" for form in COLUMNS.values()]) for line in lines]
+
+    def films(self) -> Iterator[Film]:
+        """Yield frames of the newest video of each kind."""
+        for kind, (title, shares) in FILMS.items():
+            if videos := sorted((self.folder / "videos").glob(f"{kind}_*.mp4")):
+                film = Film(kind, title)
+                try:
+                    film.after = f"after {int(videos[-1].stem.split('_')[-1]):,} steps"
+                    film.pictures = [_picture(title, "jpeg", data) for data in _frames(videos[-1], shares)]
+                except UNREADABLE as error:
+                    film.problem = f"{videos[-1].name} could not be read: {error}"
+                yield film
+
+
+def write_report(folders: Sequence[Path]) -> Path:
+    """Write report.html about the runs into the first one's folder and return its path.
+
+    Raises UserError if there is nothing to show or the file can't be written.
+    """
+    runs = [_read_run(folder, COLORS[i % len(COLORS)]) for i, folder in enumerate(folders)]
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            run.name = str(run.folder)
+    path = folders[0] / "report.html"
+    try:
+        write_file(path, _page(runs).encode())
+    except ImportError as error:
+        raise UserError(f"the report needs {error.name}: pip install -r requirements.txt") from error
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror}") from error
+    return path
+
+
+def _read_run(folder: Path, color: str) -> RunData:
+    try:
+        if not folder.is_dir():
+            raise ValueError("there is no such run folder")
+        lines, torn = read_metrics(folder)
+        config_file = folder / "config.json"
+        config = json.loads(config_file.read_text()) if config_file.exists() else {}
+        if not isinstance(config, dict):
+            raise ValueError("its config.json holds no constants")
+        if not lines:
+            raise ValueError("there are no metrics in it (metrics.jsonl)")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--report {folder}: {error}") from error
+    return RunData(folder, folder.resolve().name, color, lines, torn, config)
+
+
+def _page(runs: list[RunData]) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    logged = {name for run in runs for line in run.lines for name in line} - {"env_step"}
+    drawn = {name for panels in SECTIONS.values() for panel in panels for name in panel.curves(logged)}
+    sections = [(name, _plots(panels, runs, logged)) for name, panels in SECTIONS.items()]
+    constants = dict.fromkeys(name for run in runs for name in run.config)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["constant"] = _constant
+    return environment.get_template("report.html.jinja").render(
+        title=", ".join(run.name for run in runs),
+        runs=runs,
+        several=len(runs) > 1,
+        sections=[(name, pictures) for name, pictures in sections if pictures],
+        columns=COLUMNS,
+        differing=[name for name in constants if len({json.dumps(run.config.get(name)) for run in runs}) > 1],
+        standard=json.loads(json.dumps(asdict(Config()))),
+        others=_plots([Panel(name, {name: ""}) for name in sorted(logged - drawn)], runs, logged),
+    )
+
+
+def _fill(form: str, line: dict[str, float]) -> str:
+    """Return the form with the line's metrics in it, or nothing if one was not measured."""
+    try:
+        return form.format_map(line)
+    except KeyError:
+        return ""
+
+
+def _constant(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value) or "–"
+
+
+def _picture(title: str, kind: str, data: bytes, about: str = "") -> Picture:
+    return Picture(title, f"data:image/{kind};base64,{base64.b64encode(data).decode()}", about)
+
+
+def _frames(path: Path, shares: Sequence[float]) -> list[bytes]:
+    """Return the frames at these shares of a video's length, as JPEG."""
+    import imageio.v2 as imageio
+
+    frames = imageio.mimread(path, memtest=False)
+    chosen = [frames[round(share * (len(frames) - 1))] for share in shares]
+    return [imageio.imwrite("<bytes>", frame, format="jpg", quality=85) for frame in chosen]
+
+
+# ---------------------------------------------------------------------------------------------- plots
+
+
+def _plots(panels: Sequence[Panel], runs: list[RunData], logged: set[str]) -> list[Picture]:
+    """Draw the panels of which some run has metrics, given the names of all that the runs have logged."""
+    plots = []
+    for panel in panels:
+        if names := panel.curves(logged):
+            title = panel.title + (f", mean of {panel.mean_of}" if panel.mean_of > 1 else "")
+            about = "\n".join(f"{name}: {sentence}" for name in names if (sentence := meaning(name)))
+            plots.append(_picture(title, "svg+xml", _plot(panel, title, names, runs), about))
+    return plots
+
+
+def _plot(panel: Panel, title: str, names: dict[str, str], runs: list[RunData]) -> bytes:
+    """Draw metrics, each with its label, of all runs as an SVG image."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    several = len(runs) > 1  # then a color is a run, and a dash pattern a metric
+    with matplotlib.rc_context(PLOT_STYLE):
+        figure = Figure(figsize=(5.0, 2.7), layout="constrained")
+        axes = figure.subplots()
+        axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color="#1f2328")
+        styles = [(COLORS[i % len(COLORS)], DASHES[i % len(DASHES)] if several else "-") for i in range(len(names))]
+        for run in runs:
+            for name, (color, dash) in zip(names, styles, strict=True):
+                _curve(axes, panel, run, name, run.color if several else color, dash)
+        if any(names.values()):
+            for label, (color, dash) in zip(names.values(), styles, strict=True):
+                axes.plot([], [], color="#444444" if several else color, linestyle=dash, linewidth=1.5, label=label)
+            axes.legend(fontsize=8, ncols=2, loc="best", handlelength=1.8)
+        drawn = [values for run in runs for name in names if len(values := run.series(name)[1])]
+        if panel.log and all((values > 0).any() for values in drawn):
+            axes.set_yscale("log")
+        if panel.share:
+            axes.set_ylim(-0.03, 1.03)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.margins(x=0.02)
+        file = io.BytesIO()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
+
+
+def _curve(axes: "Axes", panel: Panel, run: RunData, name: str, color: str, dash: str) -> None:
+    steps, values = run.series(name)
+    if not len(steps):
+        return
+    if panel.mean_of > 1:
+        axes.plot(steps, values, ".", markersize=4, alpha=0.3, color=color, markeredgewidth=0)
+        steps, values = _running_mean(steps, panel.mean_of), _running_mean(values, panel.mean_of)
+    marker = "o" if len(steps) < 40 and panel.mean_of == 1 else None
+    axes.plot(steps, values, color=color, linestyle=dash, linewidth=1.5, marker=marker, markersize=2.5)
+    spread = run.series(panel.spread)[1]
+    if len(spread) == len(values):
+        axes.fill_between(steps, values - spread, values + spread, color=color, alpha=0.15, linewidth=0)
+
+
+def _running_mean(values: np.ndarray, count: int) -> np.ndarray:
+    """Average over `count` successive values, (N,) -> (N - count + 1,), or over all if there are fewer."""
+    count = min(count, len(values))
+    return np.convolve(values, np.full(count, 1 / count), mode="valid")

@@ -1,0 +1,320 @@
+"""Collection: what reaches the replay in which order, when updates are due, and how both go on after a resume."""
+
+import functools
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+
+from buffer import ReplayBuffer
+from fake_env import FakeEnv
+from faults import difference
+from runtime.collect import FAILED, RECENT, Collector, UpdateRatio
+from runtime.console import Failure, Stopped, StopSignals
+from runtime.envs import BrokenEnv, EnvFailure, RebuildingEnv
+from runtime.logger import Stopwatch
+from tiny import tiny_config
+
+OPTIONS = {"cameras": ("agentview",), "image_size": 16, "action_repeat": 2, "episode_steps": 10}  # 5 agent steps
+
+
+class Logged(FakeEnv):
+    """Notes its rows as the replay should have them, ends some episodes itself, and raises at some steps."""
+
+    def __init__(self, *, seed, log, faults=(), **options):
+        super().__init__(seed=seed, **(OPTIONS | options))
+        self.log, self.faults = log, faults
+
+    def reset(self, **kwargs):
+        image, info = super().reset(**kwargs)
+        self.log.append([(image, np.zeros(4, np.float32), 0.0, False)])
+        return image, info
+
+    def step(self, action):
+        total = sum(len(rows) for rows in self.log)
+        if total in self.faults:
+            raise RuntimeError(f"unstable at {total}")
+        image, reward, _, truncated, info = super().step(action)
+        terminated = len(self.log) % 3 == 2 and self.steps == 3
+        self.log[-1].append((image, np.array(action, np.float32), reward, terminated))
+        return image, reward, terminated, truncated, info
+
+
+class Memory(NamedTuple):
+    """What the policy remembers between steps."""
+
+    seen: int
+    action: torch.Tensor
+
+
+class Policy:
+    """Actions that follow from the image, with notes of what it was asked."""
+
+    device, action_size = torch.device("cpu"), 4
+
+    def __init__(self, updates: int = 0):
+        self.updates, self.asked = updates, []
+
+    def act(self, image, state, is_first):
+        self.asked.append((image.numpy().copy(), state, is_first.tolist()))
+        number = image.flatten(1).float().mean(1, keepdim=True) / 255
+        return torch.cat([number, -number, number, -number], 1), Memory(len(self.asked), torch.zeros(len(image), 4))
+
+
+def collector_of(
+    logs: list[list], policy: Policy | None = None, faults: dict[int, tuple] | None = None, envs=None, **changes
+) -> Collector:
+    """Of environments in this process, one for each log."""
+    config = tiny_config(num_envs=len(logs), **(OPTIONS | {"gripper_hold": 0.0} | changes))
+    makers = [
+        functools.partial(Logged, seed=i, log=log, faults=(faults or {}).get(i, ())) for i, log in enumerate(logs)
+    ]
+    envs = envs or SyncVectorEnv(
+        [functools.partial(RebuildingEnv, maker) for maker in makers], autoreset_mode=AutoresetMode.DISABLED
+    )
+    replay = ReplayBuffer(200 * len(logs), len(logs), (3, 16, 16), 4, seed=0)
+    return Collector(config, envs, policy or Policy(), replay, Stopwatch(), StopSignals())
+
+
+def collect(collector: Collector, rounds: int) -> list[dict]:
+    """The figures of the episodes that ended."""
+    ended = []
+    for _ in range(rounds):
+        collector.act()
+        collector.observe()
+        ended += collector.finish_episodes()
+    return ended
+
+
+def stored(replay: ReplayBuffer, env: int) -> list[tuple]:
+    """Rows of each episode, as the environment noted them."""
+    columns = [replay.export(env, episode) for episode in replay.episodes[env]]
+    return [
+        list(zip(c["image"], c["action"], c["reward"].tolist(), c["is_terminal"].tolist(), strict=True))
+        for c in columns
+    ]
+
+
+def same_rows(found: list, noted: list) -> bool:
+    return len(found) == len(noted) and all(
+        len(one) == len(other)
+        and all(
+            np.array_equal(a[0], b[0]) and np.array_equal(a[1], b[1]) and a[2] == np.float32(b[2]) and a[3] == b[3]
+            for a, b in zip(one, other, strict=True)
+        )
+        for one, other in zip(found, noted, strict=True)
+    )
+
+
+@pytest.mark.parametrize("updates", [0, 5], ids=["random actions", "the policy's actions"])
+@pytest.mark.parametrize("num_envs", [1, 3])
+@pytest.mark.parametrize("gripper_hold", [0.0, 1.0])
+def test_the_replay_has_what_each_environment_did(updates, num_envs, gripper_hold):
+    """Row by row: the executed action beside the image that it led to, reset rows first, ends as the task set them."""
+    logs = [[] for _ in range(num_envs)]
+    collector = collector_of(logs, Policy(updates), gripper_hold=gripper_hold)
+    ended = collect(collector, 17)
+    assert all(same_rows(stored(collector.replay, i), log) for i, log in enumerate(logs))
+    assert [len(rows) for rows in logs[0]] == [6, 4, 6, 5]  # the last one is running
+    assert collector.step == 17 * num_envs * 2
+    assert collector.episode == len(ended) == 3 * num_envs
+    finished = [episode.number for episodes in collector.replay.episodes for episode in episodes if episode.number >= 0]
+    assert sorted(finished) == list(range(3 * num_envs))
+    collector.close()
+
+
+def test_figures_of_an_episode_are_those_of_its_rows():
+    """Return and length in control steps, and the last episodes for the progress bar."""
+    logs = [[]]
+    collector = collector_of(logs)
+    assert collector.describe_recent() == ""
+    ended = collect(collector, 8)
+    returns = [sum(row[2] for row in rows) for rows in logs[0]]
+    assert [figures["return"] for figures in ended] == pytest.approx(returns)
+    assert [figures["length"] for figures in ended] == [10, 6]
+    share = np.mean([figures["success"] for figures in ended])
+    assert collector.describe_recent() == f"return {returns[1]:.3g}, success {share:.0%}"
+    assert collector.watch.seconds["env"] > 0 and collector.watch.seconds["update"] > 0
+
+
+def test_the_policy_sees_the_newest_images_and_which_of_them_begin_an_episode():
+    """It starts from nothing at its first action, also in mid-episode; later it remembers the executed action."""
+    logs, policy = [[], []], Policy()
+    collector = collector_of(logs, policy)
+    collect(collector, 2)
+    assert policy.asked == []
+    policy.updates = 1
+    collect(collector, 5)
+    firsts = [is_first for _, _, is_first in policy.asked]
+    assert firsts == [[True, True], [False, False], [False, False], [True, True], [False, False]]
+    rows = [[row for episode in log for row in episode] for log in logs]
+    for number, (image, state, _) in enumerate(policy.asked):
+        at = number + 2 + (number >= 3)  # the second episode has a reset row too
+        assert all(np.array_equal(image[i], rows[i][at][0]) for i in range(2))
+        if number == 0:
+            assert state is None
+        else:
+            executed = [rows[i][at if number != 3 else at - 1][1] for i in range(2)]
+            assert state.seen == number and np.array_equal(state.action.numpy(), np.stack(executed))
+
+
+def test_a_failed_step_is_no_row_and_ends_its_episode_only(capsys):
+    """The rows before it are an episode; the other environment's goes on."""
+    logs = [[], []]
+    collector = collector_of(logs, faults={0: (3,)})  # in its third step
+    ended = collect(collector, 5)
+    assert capsys.readouterr().out.startswith(
+        "warning: environment 0 was rebuilt after a fault: RuntimeError: unstable"
+    )
+    assert [figures["length"] for figures in ended] == [4, 10]
+    assert [[len(rows) for rows in log] for log in logs] == [[3, 3], [6]]
+    assert all(same_rows(stored(collector.replay, i), log) for i, log in enumerate(logs))
+    assert list(collector.recent) == [True, False]
+    assert collector.step == 5 * 2 * 2
+
+
+def test_a_run_ends_when_most_of_its_last_episodes_failed(capsys):
+    """Not before FAILED of the last RECENT, and not for what is longer ago."""
+    collector = collector_of([[]])
+    collector.recent.extend([True] * (FAILED - 1) + [False] * (RECENT - FAILED + 1))
+    collector.check_faults()
+    collector.recent.append(True)  # and one of the old ones is forgotten
+    collector.check_faults()
+    collector.recent.append(True)
+    collector.recent.extend([True] * 8)
+    with pytest.raises(EnvFailure, match=f"failed in {FAILED} of the last {RECENT} episodes.*the same command goes on"):
+        collector.check_faults()
+    assert issubclass(EnvFailure, Failure)
+
+
+@pytest.mark.parametrize("updates", [0, 5])
+def test_a_collector_goes_on_as_it_would_have(updates):
+    """Between episodes, its state decides all that comes: rows bit by bit, counters, random actions."""
+    logs = [[], []]
+    straight = collector_of(logs, Policy(updates), gripper_hold=0.5)
+    collect(straight, 5)
+    assert straight.resets.all()
+    state = straight.state_dict()
+    assert (state["step"], state["episode"], state["restarts"]) == (20, 2, 0)
+    again = collector_of([[[]], [[]]], Policy(updates), gripper_hold=0.5)  # an episode is behind each
+    again.load_state_dict(state)
+    assert difference(again.state_dict(), state) == ""
+    collect(straight, 3), collect(again, 3)
+    for i in range(2):
+        assert same_rows(stored(again.replay, i), stored(straight.replay, i)[1:])
+    assert difference(again.state_dict(), straight.state_dict()) == ""
+
+
+def test_after_an_end_through_a_fault_other_episodes_are_drawn(capsys):
+    """And others again after the next; each is told, and each is repeatable."""
+    collector = collector_of([[]])
+    collect(collector, 5)
+    images = []
+    for restarts in (0, 1, 1, 2):
+        again = collector_of([[]])
+        again.load_state_dict(collector.state_dict() | {"restarts": restarts})
+        collect(again, 1)
+        images.append(stored(again.replay, 0)[0][0][0])
+        told = "warning: the run ended through a fault of its environments: their next episodes are drawn anew\n"
+        assert capsys.readouterr().out == (told if restarts else "")
+    equal = [[np.array_equal(one, other) for other in images] for one in images]
+    assert equal == [[1, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
+
+
+def test_another_number_of_environments_is_told(capsys):
+    """They start from their own seeds; the counters go on."""
+    collector = collector_of([[]])
+    collect(collector, 5)
+    more = collector_of([[], []])
+    before = more.state_dict()["envs"]
+    more.load_state_dict(collector.state_dict())
+    assert capsys.readouterr().out == "warning: num_envs was 1: the environments start from new seeds\n"
+    assert (more.step, more.episode) == (10, 1) and difference(more.state_dict()["envs"], before) == ""
+
+
+class Lost(VectorEnv):
+    """Environments whose processes are gone."""
+
+    def __init__(self, error):
+        self.error, self.metadata = error, {}
+        self.single_action_space = Logged(seed=0, log=[]).action_space
+        self.processes = [SimpleNamespace(exitcode=-9, terminate=lambda: self.ended.append(1), join=lambda: None)]
+        self.ended, self.closed = [], False
+
+    def reset(self, **_):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (EOFError(), r"an environment's process has ended; exit codes: \[-9\]"),
+        (BrokenPipeError(), r"an environment's process has ended; exit codes: \[-9\]"),
+        (BrokenEnv("10 resets failed"), "10 resets failed"),
+    ],
+)
+def test_environments_that_are_lost_end_the_run(error, words):
+    """One line, and closing waits for none of them: their processes are ended."""
+    lost = Lost(error)
+    collector = collector_of([[]], envs=lost)
+    with pytest.raises(EnvFailure, match=words):
+        collector.act()
+    collector.close()
+    assert lost.closed and lost.ended == [1]
+
+
+def test_a_worker_that_ended_with_the_whole_run_is_no_fault():
+    """The signal that ended it is on its way to this process too: it is what stops the run."""
+    collector = collector_of([[]], envs=Lost(EOFError()))
+    collector.stop.number = 15
+    with pytest.raises(Stopped):
+        collector.act()
+
+
+# ------------------------------------------------------------------------------------------ updates
+
+
+def schedule(num_envs: int, rounds: int, **changes) -> tuple[UpdateRatio, list[int]]:
+    """Updates after each round of agent steps, without resets."""
+    replay = SimpleNamespace(steps=0)
+    ratio = UpdateRatio(tiny_config(num_envs=num_envs, **changes), replay)
+    return ratio, [go_on(ratio) for _ in range(rounds)]
+
+
+def go_on(ratio: UpdateRatio) -> int:
+    ratio.replay.steps += ratio.config.num_envs
+    return ratio.due()
+
+
+def test_updates_begin_with_the_pretraining_after_the_prefill():
+    """Then there is one for each `train_every` agent steps."""
+    _, updates = schedule(1, 14, prefill=5, pretrain=7, train_every=3)
+    assert updates == [0, 0, 0, 0, 7, 0, 0, 1, 0, 0, 1, 0, 0, 1]
+
+
+@pytest.mark.parametrize("num_envs", [1, 2, 3, 8])
+@pytest.mark.parametrize("train_every", [0.25, 1.0, 1.6, 5.0, 7.3])
+def test_the_ratio_is_exact(num_envs, train_every):
+    """For any number of environments and any fraction, steps beyond the prefill included."""
+    _, updates = schedule(num_envs, 1000, prefill=50, pretrain=10, train_every=train_every)
+    for rounds in (100, 500, 1000):
+        beyond = rounds * num_envs - 50
+        assert sum(updates[:rounds]) == 10 + int(beyond / train_every + 1e-6)
+
+
+def test_the_ratio_goes_on_after_a_resume():
+    """Steps that no update was made for are not forgotten; the pretraining is not repeated."""
+    ratio, _ = schedule(2, 12, prefill=10, pretrain=10, train_every=7.3)
+    again = UpdateRatio(ratio.config, SimpleNamespace(steps=ratio.replay.steps))
+    assert again.load_state_dict(ratio.state_dict()) is None and again.state_dict() == ratio.state_dict()
+    assert [go_on(again) for _ in range(50)] == [go_on(ratio) for _ in range(50)]
+
+
+def test_a_replay_that_is_filled_anew_makes_no_updates_until_the_prefill():
+    """After a resume without saved episodes; the steps until then are not made up for."""
+    ratio, _ = schedule(1, 40, prefill=10, pretrain=10, train_every=2)
+    ratio.replay.steps = 0
+    assert [go_on(ratio) for _ in range(13)] == [0] * 10 + [1, 0, 1]

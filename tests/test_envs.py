@@ -1,0 +1,261 @@
+"""Environments of a run: built anew after a fault, in worker processes if there are several, checked before use."""
+
+import functools
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
+
+from fake_env import FakeEnv
+from runtime import envs
+from runtime.console import Failure, UserError
+from runtime.envs import BrokenEnv, RebuildingEnv, check_spaces, make_envs, make_vector_env
+
+ROOT = Path(__file__).parent.parent
+OPTIONS = {"cameras": ("agentview",), "image_size": 16, "action_repeat": 1, "episode_steps": 20}
+NOTHING = np.zeros(4, np.float32)
+
+
+class Faulty(FakeEnv):
+    """Gives a wrong answer, or raises, at some of its steps and resets, counted over all that one plan has built."""
+
+    def __init__(self, *, seed=0, plan, **options):
+        super().__init__(seed=seed, **(OPTIONS | options))
+        self.plan = plan
+        plan["built"] = plan.get("built", 0) + 1
+
+    def reset(self, **kwargs):
+        self.plan["resets"] = self.plan.get("resets", 0) + 1
+        self.plan["seed"] = kwargs.get("seed")
+        answer = super().reset(**kwargs)
+        return self._answer(self.plan.get("reset", {}).get(self.plan["resets"]), *answer)
+
+    def step(self, action):
+        self.plan["steps"] = self.plan.get("steps", 0) + 1
+        answer = super().step(action)
+        return self._answer(self.plan.get("step", {}).get(self.plan["steps"]), *answer)
+
+    def close(self):
+        if self.plan.get("unclosable"):
+            raise OSError("it is broken")
+
+    @staticmethod
+    def _answer(fault, image, *rest):
+        if isinstance(fault, BaseException):
+            raise fault
+        return fault(image, *rest) if fault else (image, *rest)
+
+
+def rebuilding(**plan) -> tuple[RebuildingEnv, dict]:
+    return RebuildingEnv(functools.partial(Faulty, plan=plan)), plan
+
+
+FAULTS = {
+    "exception": (RuntimeError("simulation\nunstable"), "RuntimeError: simulation unstable (test_envs.py:"),
+    "float image": (lambda x, *rest: (x.astype(float), *rest), "an image of float64 (3, 16, 16), not of uint8"),
+    "small image": (lambda x, *rest: (x[:, 1:], *rest), "an image of uint8 (3, 15, 16), not of uint8 (3, 16, 16)"),
+    "no image": (lambda x, *rest: (None, *rest), "AttributeError"),
+    "no info": (lambda *answer: (*answer[:-1], None), "an info of NoneType, not a dict"),
+}
+STEP_FAULTS = FAULTS | {
+    "NaN": (lambda x, r, *rest: (x, float("nan"), *rest), "a reward of nan"),
+    "infinite": (lambda x, r, *rest: (x, np.float64("-inf"), *rest), "a reward of -inf"),
+    "no reward": (lambda x, r, *rest: (x, None, *rest), "TypeError"),
+    "an answer of two": (lambda *answer: answer[:2], "ValueError: not enough values to unpack"),
+}
+
+
+@pytest.mark.parametrize("name", STEP_FAULTS)
+def test_a_fault_of_a_step_ends_the_episode(name):
+    """The last image once more, no reward, truncated, and one line that says what and where; then it goes on."""
+    fault, words = STEP_FAULTS[name]
+    env, plan = rebuilding(step={3: fault})
+    env.reset()
+    for _ in range(2):
+        image, *_ = env.step(NOTHING)
+    again, reward, terminated, truncated, info = env.step(NOTHING)
+    assert np.array_equal(again, image) and (reward, terminated, truncated) == (0.0, False, True)
+    assert info["success"] is False and words in info["env_error"] and "\n" not in info["env_error"]
+    assert plan["built"] == 2
+    _, info = env.reset()
+    assert "env_error" not in info and "env_error" not in env.step(NOTHING)[-1]
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_of_a_reset_is_followed_by_other_draws(name):
+    """In an environment that was built anew, without the seed; the episode's info tells what happened."""
+    fault, words = FAULTS[name]
+    env, plan = rebuilding(reset={1: fault})
+    image, info = env.reset(seed=7)
+    assert words in info["env_error"] and "\n" not in info["env_error"]
+    assert plan["built"] == 2 and plan["seed"] is None
+    assert not np.array_equal(image, rebuilding()[0].reset(seed=7)[0])
+    again, _ = rebuilding(reset={1: fault})[0].reset(seed=7)
+    assert np.array_equal(image, again)
+
+
+def test_resets_that_keep_failing_break_the_environment():
+    """After RESET_TRIES of them; the last one's error is named. One fewer is survived."""
+    failing = {n: OSError(f"not now {n}") for n in range(1, envs.RESET_TRIES + 1)}
+    env, plan = rebuilding(reset=failing)
+    with pytest.raises(BrokenEnv, match=f"{envs.RESET_TRIES} resets failed .* OSError: not now {envs.RESET_TRIES} "):
+        env.reset()
+    del failing[envs.RESET_TRIES]
+    assert f"not now {envs.RESET_TRIES - 1}" in rebuilding(reset=failing)[0].reset()[1]["env_error"]
+
+
+def test_a_rebuilt_environment_goes_on_with_its_generator():
+    """Its episodes are neither the first ones again nor those of a new seed."""
+    env, _ = rebuilding(step={2: RuntimeError()})
+    env.reset(seed=5)
+    generator = env.np_random
+    env.step(NOTHING)
+    expected = np.random.default_rng()
+    expected.bit_generator.state = generator.bit_generator.state
+    env.step(NOTHING)
+    expected.normal(0, 0.01, 2)  # what the step drew before it raised
+    assert env.np_random is generator
+    image, _ = env.reset()
+    twin = Faulty(plan={})
+    twin.np_random = expected
+    assert np.array_equal(image, twin.reset()[0])
+
+
+def test_an_environment_that_cannot_be_closed_is_replaced_all_the_same():
+    """It is broken: that is why it goes."""
+    env, plan = rebuilding(step={1: RuntimeError()}, unclosable=True)
+    env.reset()
+    assert env.step(NOTHING)[3] and plan["built"] == 2
+
+
+def test_an_environment_that_cannot_be_built_again_is_broken():
+    """The first build is the caller's: what that raises passes through."""
+    left = [1]
+
+    def build():
+        if not left:
+            raise OSError("no more\nlicenses")
+        left.pop()
+        return Faulty(plan={"step": {1: RuntimeError()}})
+
+    env = RebuildingEnv(build)
+    env.reset()
+    with pytest.raises(BrokenEnv, match="an environment can't be built anew: OSError: no more licenses"):
+        env.step(NOTHING)
+    with pytest.raises(OSError, match="no more"):
+        RebuildingEnv(build)
+
+
+@pytest.mark.parametrize("where", ["step", "reset"])
+def test_a_stop_is_no_fault(where):
+    """Ctrl-C inside the simulator reaches the program."""
+    env, plan = rebuilding(**{where: {1: KeyboardInterrupt()}})
+    with pytest.raises(KeyboardInterrupt):
+        env.reset()
+        env.step(NOTHING)
+    assert plan["built"] == 1
+
+
+# ------------------------------------------------------------------------------------------ several
+
+
+def test_one_environment_lives_here_and_several_in_workers():
+    """Each with a seed of its own; a fault in one is told for that one, and the other's episode goes on."""
+    one = make_envs(OPTIONS, 1, 3, FakeEnv)
+    assert isinstance(one, SyncVectorEnv)
+    first = one.reset()[0]
+    one.close()
+    plan = {"step": {2: RuntimeError("only here")}}
+    vector = make_vector_env([functools.partial(Faulty, seed=3, plan=plan), functools.partial(Faulty, seed=4, plan={})])
+    try:
+        assert isinstance(vector, AsyncVectorEnv)
+        image, _ = vector.reset()
+        assert np.array_equal(image[0], first[0]) and not np.array_equal(image[0], image[1])
+        actions = np.stack([NOTHING, NOTHING])
+        vector.step(actions)
+        image, reward, terminated, truncated, info = vector.step(actions)
+        assert truncated.tolist() == [True, False] and not terminated.any()
+        assert info["_env_error"].tolist() == [True, False] and "only here" in info["env_error"][0]
+        vector.reset(options={"reset_mask": truncated})
+        assert vector.get_attr("steps") == (0, 2)
+    finally:
+        vector.close()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs the signals of Unix")
+def test_signals_that_reach_workers_are_the_parents_to_judge():
+    """A terminal and a scheduler send them to the whole group; a worker that ended would end the run's last episode."""
+    vector = make_envs(OPTIONS, 2, 0, FakeEnv)
+    try:
+        vector.reset()
+        for process in vector.processes:
+            for name in ("SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):
+                os.kill(process.pid, getattr(signal, name))
+        for _ in range(3):
+            vector.step(np.stack([NOTHING, NOTHING]))
+        assert all(process.is_alive() for process in vector.processes)
+    finally:
+        vector.close()
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("num_envs", [1, 2])
+@pytest.mark.parametrize(
+    ("raised", "expected"), [(ValueError("no such task"), UserError), (RuntimeError("no OpenGL"), Failure)]
+)
+def test_what_an_environment_refuses_when_it_is_built_is_told_in_one_line(raised, expected, num_envs):
+    """A wrong value is the user's to mend, a machine that can't render is a failure."""
+
+    def refuse(**_):
+        raise raised
+
+    with pytest.raises(expected, match=str(raised)):
+        make_envs(OPTIONS, num_envs, 0, refuse)
+
+
+def test_spaces_that_the_agent_can_use_give_its_sizes():
+    """(C, H, W) of all cameras, and the number of actions."""
+    vector = make_envs(OPTIONS | {"cameras": ("a", "b")}, 1, 0, FakeEnv)
+    assert check_spaces(vector, "Mine", 2, 16) == ((6, 16, 16), 4)
+    vector.close()
+
+
+@pytest.mark.parametrize(
+    ("images", "actions", "words"),
+    [
+        ((0, 1, (3, 16, 16), np.float32), (-1, 1), "its images float32 (3, 16, 16) are not uint8 (3, 16, 16)"),
+        ((0, 255, (16, 16, 3), np.uint8), (-1, 1), "its images uint8 (16, 16, 3) are not uint8 (3, 16, 16)"),
+        ((0, 255, (3, 16, 16), np.uint8), (-2, 1), "its action space Box(-2.0, 1.0, (4,), float32) is not a Box"),
+        ((0, 255, (3, 16, 16), np.uint8), None, "its action space Discrete(3) is not a Box in [-1, 1]"),
+    ],
+)
+def test_spaces_that_the_agent_cannot_use_are_refused(images, actions, words):
+    """One line names the task and what is wrong."""
+
+    class Other(FakeEnv):
+        def __init__(self, **options):
+            super().__init__(**options)
+            low, high, shape, dtype = images
+            self.observation_space = gymnasium.spaces.Box(low, high, shape, dtype)
+            box = gymnasium.spaces.Box
+            self.action_space = box(*actions, (4,), np.float32) if actions else gymnasium.spaces.Discrete(3)
+
+    vector = make_envs(OPTIONS, 1, 0, Other)
+    with pytest.raises(UserError) as error:
+        check_spaces(vector, "Mine", 1, 16)
+    assert str(error.value).startswith("task Mine: ") and words in str(error.value)
+    vector.close()
+
+
+def test_workers_need_no_torch():
+    """What they import to build environments costs neither its memory nor its seconds."""
+    code = "import sys, runtime.envs, env; print({'torch', 'train', 'buffer', 'robosuite', 'wandb'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "set()", done.stderr

@@ -1,0 +1,509 @@
+"""Evaluation: its figures, what model and critic make of its episodes, the best policy, broken environments, --eval."""
+
+import dataclasses
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import run
+from fake_env import FakeEnv
+from runtime import checkpoint, evaluate
+from runtime.collect import EpisodeStats
+from runtime.evaluate import (
+    EVAL_SEED,
+    OTHER_SEED,
+    OWN_SEED,
+    TRIES,
+    Evaluation,
+    Recording,
+    analyse,
+    open_loop_windows,
+    realised_return,
+)
+from test_run import metrics, newest, train
+from tiny import ACTION_SIZE, image_shape, seeded, tiny_config, tiny_dreamer
+from train import PRESETS, Config, Dreamer, Prediction
+
+
+def recording(steps: int, seed: int = 0, terminal: bool = False, channels: int = 3) -> Recording:
+    rng = np.random.default_rng(seed)
+    return Recording(
+        image=rng.integers(0, 256, (steps + 1, channels, 64, 64), dtype=np.uint8),
+        action=rng.uniform(-1, 1, (steps + 1, ACTION_SIZE)).astype(np.float32),
+        reward=np.r_[0, rng.uniform(0, 1, steps)].astype(np.float32),
+        success=np.arange(steps + 1) > steps // 2,
+        terminal=terminal,
+        renders=rng.integers(0, 256, (steps + 1, 256, 256, 3), dtype=np.uint8),
+    )
+
+
+def evaluations(run_dir) -> list[dict]:
+    return [line for line in metrics(run_dir) if "eval/return_mean" in line]
+
+
+# ------------------------------------------------------------------------------------------ figures
+
+
+def test_episode_figures():
+    """Steps are control steps, rewards those of a control step, and success is latched at its first moment."""
+    stats = EpisodeStats(repeat=2)
+    for reward, success in ((0.2, False), (1.6, True), (0.4, False)):
+        stats.add(reward, success)
+    expected = {"return": 2.2, "length": 6, "max_reward": 0.8, "success": 1.0, "time_to_success": 4}
+    assert stats.metrics() == pytest.approx(expected)
+    never = EpisodeStats(repeat=1)
+    never.add(0.5, False)
+    assert "time_to_success" not in never.metrics() and never.metrics()["success"] == 0.0
+    summary = Evaluation([stats, never], []).summary()
+    assert summary["eval/return_mean"] == pytest.approx(1.35) and summary["eval/return_std"] == pytest.approx(0.85)
+    assert summary["eval/success_rate"] == 0.5 and summary["eval/episodes"] == 2
+    assert summary["eval/time_to_success_mean"] == 4 and summary["eval/max_reward_mean"] == pytest.approx(0.65)
+    assert "eval/time_to_success_mean" not in Evaluation([never], []).summary()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_realised_return_is_the_discounted_sum(terminal):
+    """Of the rewards from the row on; where the clock ended the episode, the critic's last value closes it."""
+    reward = np.random.default_rng(0).uniform(0, 1, 9)
+    returns = realised_return(reward, 7.0, terminal, 0.9)
+    last = reward[-1] if terminal else 7.0
+    for t in range(9):
+        assert returns[t] == pytest.approx(sum(0.9**k * reward[t + k] for k in range(8 - t)) + 0.9 ** (8 - t) * last)
+
+
+def test_open_loop_windows_are_whole_and_start_in_different_episodes():
+    """50 rows each, from all episodes that have them; shorter episodes alone set a shorter length."""
+    long, short = [recording(120, seed) for seed in range(2)], recording(30, 5)
+    windows = open_loop_windows([*long, short])
+    assert windows.image.shape[:2] == (50, 4)
+    for column, (episode, start) in enumerate(((0, 0), (1, 0), (0, 50), (1, 50))):
+        rows = slice(start, start + 50)
+        assert torch.equal(windows.image[:, column], torch.as_tensor(long[episode].image[rows]))
+        assert torch.equal(windows.reward[:, column], torch.as_tensor(long[episode].reward[rows]))
+    assert windows.is_first[0].all() and not windows.is_first[1:].any()
+    assert open_loop_windows([short, recording(20)]).image.shape[:2] == (31, 1)
+
+
+def known_agent(config, offset: float, value: float):
+    """Predicts the true reward + 0.1 with images `offset` too bright; its critic always says `value`."""
+    return SimpleNamespace(
+        config=config,
+        device="cpu",
+        world_model=SimpleNamespace(learned_reward=lambda reward: reward),
+        predict=lambda batch, draws: Prediction(batch.image / 255 + offset, batch.reward + 0.1),
+        judge=lambda batch, draws: (batch.reward + 0.1, torch.full_like(batch.reward, value)),
+    )
+
+
+def test_errors_of_a_known_model_are_found():
+    """Squared image error, absolute reward error and value calibration of predictions that are off by known amounts."""
+    config = tiny_config(discount=0.5)
+    episodes = [recording(60), recording(40, 1, terminal=True)]
+    for episode in episodes:
+        episode.reward[:] = np.linspace(0, 1, len(episode.reward))
+    metrics = analyse(known_agent(config, 0.2, 3.0), episodes, seeded()).metrics
+    for k in (1, 5, 15, 45):
+        assert metrics[f"openloop/image_mse_{k}"] == pytest.approx(0.04, rel=1e-4)
+        assert metrics[f"openloop/reward_error_{k}"] == pytest.approx(0.1, rel=1e-4)
+    for name in ("error", "error_hovering", "error_holding", "error_lifted"):
+        assert metrics[f"reward/{name}"] == pytest.approx(0.1, rel=1e-4)
+    realised = [realised_return(e.reward, 3.0, e.terminal, 0.5) for e in episodes]
+    known = np.concatenate([realised[0][:-1], realised[1]])  # where the clock ended, the last row knows nothing
+    assert metrics["behavior/value_predicted"] == pytest.approx(3.0)
+    assert metrics["behavior/value_realised"] == pytest.approx(known.mean(), rel=1e-4)
+    assert metrics["behavior/value_error"] == pytest.approx(np.abs(known - 3).mean(), rel=1e-4)
+
+
+def test_figures_that_cannot_be_had_are_left_out():
+    """Open-loop steps beyond the episodes, and classes that no reward fell into or that the task does not have."""
+    episode = recording(30)
+    episode.reward[:] = 0.1
+    agent = known_agent(tiny_config(), 0.0, 0.0)
+    names = set(analyse(agent, [episode], seeded()).metrics)
+    assert {"openloop/image_mse_15", "reward/error", "reward/error_hovering"} <= names
+    assert not {"openloop/image_mse_45", "openloop/reward_error_45", "reward/error_lifted"} & names
+    agent.config = tiny_config(task="Door")
+    assert "reward/error_hovering" not in analyse(agent, [episode], seeded()).metrics
+    agent.config = tiny_config(action_repeat=2)
+    episode.reward[:] = 1.1  # 0.55 a control step
+    assert "reward/error_holding" in analyse(agent, [episode], seeded()).metrics
+
+
+def test_looking_leaves_the_agent_as_it_was():
+    """Analysis and dreams are finite, change no parameter, and take nothing from training's random stream."""
+    config = tiny_config()
+    agent = tiny_dreamer(config)
+    before = {name: value.clone() for name, value in agent.world_model.state_dict().items()}
+    stream = torch.get_rng_state()
+    channels = image_shape(config)[0]
+    analysis = analyse(agent, [recording(60, channels=channels), recording(33, 1, channels=channels)], seeded())
+    dream = agent.dream(analysis.windows, 7, seeded())
+    assert all(np.isfinite(value) for value in analysis.metrics.values())
+    assert dream.image.shape[:2] == dream.reward.shape == (7, analysis.windows.image.shape[1])
+    assert torch.equal(stream, torch.get_rng_state())
+    assert all(torch.equal(before[name], value) for name, value in agent.world_model.state_dict().items())
+    assert all(p.grad is None for p in agent.world_model.parameters())
+
+
+# ------------------------------------------------------------------------------------------ in a run
+
+
+def test_evaluations_of_another_kind_do_not_compete_with_earlier_ones(tmp_path, capsys):
+    """A resumed run whose evaluations are shorter must not keep the policy of a longer one for ever."""
+    assert train(tmp_path / "run", "--eval_steps 200 --eval_episodes 2") == 0
+    assert newest(tmp_path / "run")["evaluator"]["best"] > 20
+    assert train(tmp_path / "run", "--eval_steps 20 --steps 200") == 0
+    assert "can't be compared" in capsys.readouterr().out
+    evaluator, evaluations = newest(tmp_path / "run")["evaluator"], []
+    for line in metrics(tmp_path / "run"):
+        if line["env_step"] > 100 and "eval/return_mean" in line:
+            evaluations.append((line["eval/return_mean"], line["env_step"]))
+    assert evaluations and (evaluator["best"], evaluator["best_step"]) == pytest.approx(max(evaluations), rel=1e-4)
+    assert train(tmp_path / "run", "--eval_steps 20 --steps 240") == 0
+    assert "can't be compared" not in capsys.readouterr().out
+
+
+def test_an_env_that_cannot_render_trains_without_films(tmp_path, capsys):
+    """Pictures are not needed for learning: a warning, and no video."""
+
+    class Unseen(FakeEnv):
+        def render(self):
+            raise NotImplementedError
+
+    assert train(tmp_path / "run", make_env=Unseen) == 0
+    assert "is not filmed" in capsys.readouterr().out
+    assert not list((tmp_path / "run").glob("videos/*")) and "eval/return_mean" in str(metrics(tmp_path / "run"))
+
+
+def test_a_policy_that_a_full_disk_refused_is_written_later(tmp_path, monkeypatch, capsys):
+    """The best evaluation's policy is not lost: the next episode's end tries again."""
+    write, refused = evaluate.write_file, []
+    summary = {"eval/return_std": 0.0, "eval/success_rate": 0.0, "eval/episodes": 1}
+
+    def full(path, data):
+        if path.name == "policy.pt" and len(refused) < 2:
+            refused.append(data)
+            raise OSError(28, "No space left on device")
+        write(path, data)
+
+    monkeypatch.setattr(evaluate, "write_file", full)
+    monkeypatch.setattr(evaluate.Evaluation, "summary", lambda self: summary | {"eval/return_mean": -len(refused)})
+    assert train(tmp_path / "run") == 0
+    assert len(refused) == 2 and capsys.readouterr().out.count("policy.pt can't be written") == 1
+    assert (tmp_path / "run/policy.pt").read_bytes() == refused[0] == refused[1]  # the first evaluation's
+
+
+def test_the_last_evaluation_competes_over_the_same_starts_as_the_others(tmp_path, monkeypatch):
+    """It has twice as many episodes; what is compared with the others' mean is the mean of the first half of them."""
+    played = []
+
+    def listen(self):
+        mean = float(np.mean([episode.total for episode in self.episodes]))
+        played.append((len(self.episodes), mean))
+        return summary(self)
+
+    summary = evaluate.Evaluation.summary
+    monkeypatch.setattr(evaluate.Evaluation, "summary", listen)
+    assert train(tmp_path / "run", "--eval_episodes 2") == 0
+    compared = [mean for episodes, mean in played if episodes == 2]
+    assert max(episodes for episodes, _ in played) == 4
+    assert newest(tmp_path / "run")["evaluator"]["best"] == max(compared)
+    assert [line["eval/episodes"] for line in evaluations(tmp_path / "run")] == [2, 2, 4]
+
+
+# ------------------------------------------------------------------------------------------ broken environments
+
+
+class Watched(FakeEnv):
+    """Notes the seeds with which evaluation episodes begin; subclasses spoil some of those."""
+
+    seeds: list[int] = []
+
+    def __init__(self, *, seed, **options):
+        super().__init__(seed=seed, **options)
+        self.evaluates, self.episode = seed == EVAL_SEED, -1
+
+    def reset(self, *, seed=None, options=None):
+        if self.evaluates and seed is not None:
+            self.episode = seed
+            self.seeds.append(seed)
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action):
+        image, reward, *rest = super().step(action)
+        return image, self.spoil(reward) if self.evaluates else reward, *rest
+
+    def spoil(self, reward):
+        return reward
+
+
+@pytest.fixture(autouse=True)
+def no_seeds_yet(monkeypatch):
+    monkeypatch.setattr(Watched, "seeds", [])
+
+
+class Raising(Watched):
+    """Each step of an evaluation raises."""
+
+    def spoil(self, reward):
+        raise RuntimeError("the contact solver diverged")
+
+
+class Failing(Watched):
+    """No evaluation can begin."""
+
+    def reset(self, *, seed=None, options=None):
+        if self.evaluates:
+            raise RuntimeError("Cannot place all objects")
+        return super().reset(seed=seed, options=options)
+
+
+class Absent(Watched):
+    """There is no second environment."""
+
+    def __init__(self, *, seed, **options):
+        if seed == EVAL_SEED:
+            raise RuntimeError("no OpenGL context is left")
+        super().__init__(seed=seed, **options)
+
+
+@pytest.mark.parametrize(
+    ("make_env", "why"),
+    [
+        (Raising, "contact solver diverged"),
+        (Failing, "Cannot place all objects"),
+        (Absent, "no OpenGL context is left"),
+    ],
+)
+def test_a_broken_evaluation_is_no_evaluation(make_env, why, tmp_path, capsys):
+    """In each step, reset or at its building: no figures, no policy.pt, exit code 1, told; training is complete."""
+    assert train(tmp_path / "run", make_env=make_env) == 1
+    out, error = capsys.readouterr()
+    assert why in out and out.count("is incomplete") == 3 and "evaluation return" not in out
+    assert "done: 100 steps" in out
+    assert error == "error: 3 evaluation(s) were incomplete: see the warnings above\n"
+    assert not evaluations(tmp_path / "run") and not (tmp_path / "run/policy.pt").exists()
+    state = newest(tmp_path / "run")
+    assert state["step"] == 100 and state["best_step"] == -1 and state["agent"]["updates"] > 10
+    assert make_env is not Raising or len(Watched.seeds) == TRIES * (1 + 1 + 2)
+
+
+def test_training_does_not_notice_that_evaluations_break(tmp_path):
+    """Its weights and its episodes are those of a run whose evaluations work."""
+    assert train(tmp_path / "whole") == 0 and train(tmp_path / "broken", make_env=Raising) == 1
+    states = [newest(tmp_path / name) for name in ("whole", "broken")]
+    weights = [{**state["agent"]["world_model"], **state["agent"]["behavior"]} for state in states]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert states[0]["collector"]["envs"] == states[1]["collector"]["envs"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "much", None])
+def test_an_evaluation_episode_with_a_bad_reward_is_played_with_other_draws(value, tmp_path, capsys):
+    """Neither its return nor its rows are used; the evaluation is complete, and competes; metrics.jsonl is strict."""
+
+    class Bad(Watched):
+        def spoil(self, reward):
+            return value if self.episode == EVAL_SEED + 1 and self.steps == 7 else reward
+
+    assert train(tmp_path / "run", "--eval_episodes 2 --eval_every 1000", Bad) == 0
+    out = capsys.readouterr().out
+    assert out.count("warning: an episode of the evaluation failed and is played with other draws: ") == 1
+    expected = [EVAL_SEED, EVAL_SEED + 1, EVAL_SEED + 1 + OTHER_SEED, EVAL_SEED + 2, EVAL_SEED + 3]
+    assert Watched.seeds == expected
+    (line,) = evaluations(tmp_path / "run")
+    assert line["eval/episodes"] == 4 and line["eval/length_mean"] == 20 and line["eval/length_std"] == 0
+    assert (tmp_path / "run/policy.pt").exists()
+
+
+def test_an_incomplete_evaluation_is_logged_but_does_not_compete(tmp_path, capsys):
+    """Its figures are those of the episodes that could be played; an earlier, complete one keeps policy.pt."""
+
+    class Late(Watched):
+        def spoil(self, reward):
+            # from the second evaluation on, its second episode always fails, and the others are the best there are
+            if self.seeds.count(EVAL_SEED) < 2:
+                return reward
+            return float("nan") if (self.episode - EVAL_SEED) % OTHER_SEED == 1 else 50.0
+
+    assert train(tmp_path / "run", "--eval_episodes 2", Late) == 1
+    out, error = capsys.readouterr()
+    assert out.count("is incomplete") == 2 and error.startswith("error: 2 evaluation(s) were incomplete")
+    lines = evaluations(tmp_path / "run")
+    assert [line["eval/episodes"] for line in lines] == [2, 1, 3]
+    assert lines[2]["eval/return_mean"] > lines[1]["eval/return_mean"] - 1 > lines[0]["eval/return_mean"]
+    saved = torch.load(tmp_path / "run/policy.pt", weights_only=True)
+    assert saved["env_step"] == lines[0]["env_step"] == newest(tmp_path / "run")["best_step"]
+
+
+def test_a_resumed_run_remembers_that_an_evaluation_was_incomplete(tmp_path, capsys):
+    """The exit code of its end counts the evaluations of all its parts."""
+
+    class Once(Watched):
+        def spoil(self, reward):
+            return float("nan") if self.seeds.count(EVAL_SEED) == 1 else reward
+
+    assert train(tmp_path / "run", "--eval_every 60", Once) == 1
+    assert train(tmp_path / "run", "--steps 140 --eval_every 60") == 1
+    assert "1 evaluation(s) were incomplete" in capsys.readouterr().err
+    assert (tmp_path / "run/policy.pt").exists()
+
+
+def test_a_reset_that_fails_in_an_evaluation_is_drawn_anew_and_told(tmp_path, capsys):
+    """One failure costs a warning; the evaluation is complete."""
+
+    class Tight(Watched):
+        failures = Counter()
+
+        def reset(self, *, seed=None, options=None):
+            out = super().reset(seed=seed, options=options)
+            if seed == EVAL_SEED:
+                self.failures[seed] += 1
+                raise RuntimeError("Cannot place all objects")
+            return out
+
+    assert train(tmp_path / "run", "--eval_every 1000", Tight) == 0
+    assert capsys.readouterr().out.count("warning: a reset of the evaluation failed and was drawn anew: ") == 1
+    assert Tight.failures[EVAL_SEED] == 1 and evaluations(tmp_path / "run")[0]["eval/episodes"] == 2
+
+
+def test_a_metric_that_is_no_number_is_left_out_and_told(tmp_path, monkeypatch, capsys):
+    """metrics.jsonl is strict JSON in every line, whatever an update or an analysis gives."""
+    step, judge = Dreamer.train_step, evaluate.analyse
+
+    def spoilt(self, batch):
+        return step(self, batch) | {"model/odd": torch.tensor(float("inf"))}
+
+    def odd(*args):
+        analysis = judge(*args)
+        analysis.metrics["reward/error"] = float("nan")
+        return analysis
+
+    monkeypatch.setattr(Dreamer, "train_step", spoilt)
+    monkeypatch.setattr(evaluate, "analyse", odd)
+    assert train(tmp_path / "run") == 0
+    names = set().union(*metrics(tmp_path / "run"))
+    assert {"model/loss", "openloop/image_mse_5"} <= names and not {"model/odd", "reward/error"} & names
+    assert "not finite since the last line, and left out of it: model/odd" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------ --eval
+
+
+def test_evaluations_have_a_length_of_their_own(tmp_path):
+    """`eval_steps` in training; and with --eval, as the run had it or as the flag says."""
+    assert train(tmp_path / "run", "--eval_steps 34") == 0
+    for name, length in (("episode/length", 20), ("eval/length_mean", 34)):
+        assert {line[name] for line in metrics(tmp_path / "run") if name in line} == {length}
+    built = []
+
+    def make_env(**options):
+        built.append(options["episode_steps"])
+        return FakeEnv(**options)
+
+    for flag in ("", "--eval_steps 16", "--eval_steps 0"):
+        assert run.main(["--eval", str(tmp_path / "run"), "--eval_episodes", "1", *flag.split()], make_env) == 0
+    assert built == [34, 16, 20]
+
+
+def test_eval_judges_flags_by_the_policys_constants(tmp_path, monkeypatch, capsys):
+    """Not by the preset that training would have here; and on the device that is here, not the one it was made on."""
+    assert train(tmp_path / "run") == 0
+    monkeypatch.setattr(evaluate, "pick_device", lambda name: torch.device("cpu" if name != "cuda" else "meta"))
+    monkeypatch.setattr(evaluate, "load_policy", lambda path: _on_cuda(checkpoint.load_policy(path)))
+    assert PRESETS["debug"]["action_repeat"] == 1 and Config().action_repeat == 2
+    assert run.main(["--eval", str(tmp_path / "run"), "--eval_episodes", "1", "--eval_steps", "15"], FakeEnv) == 0
+    assert run.main(["--eval", str(tmp_path / "run"), "--eval_episodes", "0"], FakeEnv) == 2
+    assert "eval_episodes 0" in capsys.readouterr().err
+
+
+def _on_cuda(loaded: tuple) -> tuple:
+    policy, config = loaded
+    return policy, dataclasses.replace(config, device="cuda")
+
+
+def test_eval_takes_the_mean_or_the_mode(tmp_path, capsys):
+    """As the run did, or as the flag says."""
+    assert train(tmp_path / "run", "--eval_action mode") == 0
+    printed = []
+    for flag in ("", "--eval_action mode", "--eval_action mean"):
+        capsys.readouterr()
+        assert run.main(["--eval", str(tmp_path / "run"), "--eval_episodes", "2", *flag.split()], FakeEnv) == 0
+        printed.append(capsys.readouterr().out.splitlines()[0])
+    assert printed[0] == printed[1] != printed[2]
+
+
+@pytest.mark.parametrize("flag", ["--seed 3", "--precision float32", "--deter 8"])
+def test_eval_refuses_what_it_would_ignore(flag, tmp_path, capsys):
+    """Only the task's settings, the device and the number of episodes can be chosen."""
+    (tmp_path / "policy.pt").write_bytes(b"")
+    assert run.main(["--eval", str(tmp_path), *flag.split()], FakeEnv) == 2
+    assert "can't be chosen with --eval; valid: control_freq, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"l.", b"\x80\x02]q\x00.", b"tensor"])
+def test_eval_of_a_file_that_is_no_policy_gets_one_line(content, tmp_path, capsys):
+    """Whatever torch raises for it."""
+    (tmp_path / "policy.pt").write_bytes(content)
+    if content == b"tensor":
+        torch.save(torch.zeros(3), tmp_path / "policy.pt")
+    assert run.main(["--eval", str(tmp_path)], FakeEnv) == 2
+    assert "is no policy file" in capsys.readouterr().err
+
+
+def test_a_policy_file_does_not_tell_where_it_was_learnt(tmp_path):
+    """It is made to be given away."""
+    assert train(tmp_path / "run") == 0
+    assert str(tmp_path).encode() not in (tmp_path / "run/policy.pt").read_bytes()
+
+
+class Noting(FakeEnv):
+    """Notes the seeds with which all of its kind begin episodes."""
+
+    seeds: list[int] = []
+
+    def reset(self, *, seed=None, options=None):
+        self.seeds.append(seed)
+        return super().reset(seed=seed, options=options)
+
+
+def test_eval_has_starts_that_no_evaluation_of_training_had(tmp_path, monkeypatch):
+    """A policy that was chosen for its starts is judged on others."""
+    monkeypatch.setattr(Noting, "seeds", [])
+    assert train(tmp_path / "run", make_env=Noting) == 0
+    trained = {seed for seed in Noting.seeds if seed is not None}
+    Noting.seeds.clear()
+    assert run.main(["--eval", str(tmp_path / "run")], Noting) == 0
+    assert Noting.seeds == [OWN_SEED + i for i in range(20)] and not trained & set(Noting.seeds)
+
+
+@pytest.mark.parametrize("fails", ["all", "one", "building", "refusing"])
+def test_eval_in_a_broken_environment_is_told(fails, tmp_path, capsys):
+    """No figures of nothing: exit code 1; 2 where the environment refuses a setting; one line, no traceback."""
+
+    class Broken(FakeEnv):
+        def __init__(self, **options):
+            if fails in ("building", "refusing"):
+                raise {"building": RuntimeError, "refusing": ValueError}[fails]("control_freq 15 is not one of mine")
+            super().__init__(**options)
+            self.episode = 0
+
+        def reset(self, *, seed=None, options=None):
+            self.episode = seed
+            return super().reset(seed=seed, options=options)
+
+        def step(self, action):
+            if fails == "all" or self.episode % OTHER_SEED == 1:
+                raise RuntimeError("the contact solver diverged")
+            return super().step(action)
+
+    assert train(tmp_path / "run") == 0
+    capsys.readouterr()
+    code = run.main(["--eval", str(tmp_path / "run"), "--eval_episodes", "2"], Broken)
+    out, error = capsys.readouterr()
+    assert code == (2 if fails == "refusing" else 1) and error.count("\n") == 1 and error.startswith("error: ")
+    assert ("of 1 episodes" in out) == ("evaluation return" in out) == (fails == "one")
+    words = {"all": "no episode could be played", "one": f"1 episode(s) failed {TRIES} times"}
+    assert words.get(fails, "control_freq 15 is not one of mine") in error

@@ -1,0 +1,219 @@
+"""The machine that a run is on: devices and precision that exist, memory and processors of its container or job."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from runtime import device
+from runtime.console import UserError
+from runtime.device import free_memory, limit_threads, make_replay, pick_device, pick_precision
+from tiny import tiny_config
+
+GB = 10**9
+CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
+NO_LIMIT_V1 = 9223372036854771712  # what version 1 says without a limit
+
+
+def exists(monkeypatch, *names: str) -> None:
+    """This machine has these devices."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in names)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in names)
+
+
+@pytest.mark.parametrize(
+    ("there", "name", "found"),
+    [
+        (("cuda", "mps"), "auto", "cuda"),
+        (("mps",), "auto", "mps"),
+        ((), "auto", "cpu"),
+        (("cuda",), "cpu", "cpu"),
+        (("cuda", "mps"), "mps", "mps"),
+    ],
+)
+def test_the_device_is_the_one_asked_for_or_the_fastest_there_is(there, name, found, monkeypatch):
+    """Cuda before mps before the CPU."""
+    exists(monkeypatch, *there)
+    assert pick_device(name) == torch.device(found)
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    """The line names those that are."""
+    exists(monkeypatch, "mps")
+    with pytest.raises(UserError, match="device cuda is not available here; valid: mps, cpu"):
+        pick_device("cuda")
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_precision_is_low_where_the_hardware_has_it(native, monkeypatch):
+    """Natively, on a GPU and on a CPU; MPS computes in float32; what is asked for is taken."""
+    asked = {}
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: asked.update(options) or native)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native})
+    expected = torch.bfloat16 if native else None
+    assert pick_precision("auto", CUDA) == expected and asked == {"including_emulation": False}
+    assert pick_precision("auto", CPU) == expected
+    assert pick_precision("auto", MPS) is None
+    for where in (CPU, CUDA, MPS):
+        assert pick_precision("bfloat16", where) == torch.bfloat16 and pick_precision("float32", where) is None
+
+
+def test_a_cpu_that_tells_nothing_computes_in_float32(monkeypatch):
+    """Other processors than x86 have no such entry."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert pick_precision("auto", CPU) is None
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A function that writes files below a root; this machine has 100 GB free."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100 * GB))
+
+    def write(cgroup: str, files: dict[str, object]) -> Path:
+        for name, content in {"proc/self/cgroup": cgroup, **files}.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{content}\n" if content != "" else "")
+        return tmp_path
+
+    return write
+
+
+def memory_v2(group: str, limit: object, used: object) -> dict[str, object]:
+    return {f"sys/fs/cgroup/{group}memory.max": limit, f"sys/fs/cgroup/{group}memory.current": used}
+
+
+def memory_v1(group: str, limit: object, used: object) -> dict[str, object]:
+    folder = f"sys/fs/cgroup/memory/{group}"
+    return {f"{folder}memory.limit_in_bytes": limit, f"{folder}memory.usage_in_bytes": used}
+
+
+V1 = "4:memory:/docker/7\n3:cpu,cpuacct:/docker/7\n1:name=systemd:/docker/7\n0::/docker/7"
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "free"),
+    [
+        ("0::/", {}, 100),  # no such controller
+        ("0::/", memory_v2("", 8 * GB, 3 * GB), 5),  # a container
+        ("0::/", memory_v2("", "max", 3 * GB), 100),
+        ("0::/", memory_v2("", 500 * GB, 3 * GB), 100),  # a limit beyond what the machine has
+        ("0::/", memory_v2("", 2 * GB, 3 * GB), 0),
+        ("0::/job/step", memory_v2("job/step/", "max", GB) | memory_v2("job/", 8 * GB, 2 * GB), 6),
+        ("0::/job/step", memory_v2("job/step/", 4 * GB, GB) | memory_v2("job/", 8 * GB, 2 * GB), 3),
+        ("0::/job/step", memory_v2("job/step/", 8 * GB, GB) | memory_v2("job/", 8 * GB, 6 * GB), 2),
+        ("0::/a/b", memory_v2("a/b/", 4 * GB, GB) | memory_v2("other/", 0, 0), 3),
+        (V1, memory_v1("docker/7/", 8 * GB, 3 * GB) | memory_v1("", NO_LIMIT_V1, 50 * GB), 5),
+        (V1, memory_v1("", 8 * GB, 3 * GB), 5),  # a container that sees only its own groups
+        (V1, memory_v1("docker/7/", NO_LIMIT_V1, 3 * GB) | memory_v1("docker/", 9 * GB, 8 * GB), 1),
+        ("2:cpu:/x", memory_v1("x/", 1, 1), 100),  # not a group of this process
+        ("0::/", memory_v2("", "nonsense", ""), 100),
+        ("", memory_v2("", 8 * GB, 3 * GB), 100),
+    ],
+)
+def test_free_memory_is_that_of_the_tightest_group(cgroup, files, free, machine):
+    """Of both versions, nested ones included; without limits it is the machine's."""
+    assert free_memory(machine(cgroup, files)) == free * GB
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "stat"),
+    [
+        ("0::/", memory_v2("", 8 * GB, 7 * GB), "sys/fs/cgroup/memory.stat"),
+        (V1, memory_v1("docker/7/", 8 * GB, 7 * GB), "sys/fs/cgroup/memory/docker/7/memory.stat"),
+    ],
+)
+def test_what_was_read_from_files_is_free(cgroup, files, stat, machine):
+    """A group's use includes the files that the system keeps in memory for as long as nobody needs it."""
+    lines = f"anon {GB}\ninactive_file {4 * GB}\ntotal_inactive_file {4 * GB}\nactive_file {2 * GB}"
+    assert free_memory(machine(cgroup, files | {stat: lines})) == 5 * GB
+    assert free_memory(machine(cgroup, files | {stat: "something else"})) == GB
+
+
+def test_free_memory_of_this_machine_is_plausible(tmp_path):
+    """More than nothing, at most what there is; where there is no /proc, the machine's."""
+    assert 0 < free_memory() <= psutil.virtual_memory().total
+    assert 0 < free_memory(tmp_path) <= psutil.virtual_memory().total
+
+
+def test_a_replay_lies_on_the_gpu_if_it_takes_at_most_half_of_it(monkeypatch):
+    """Else in the machine's memory; what cannot be had is the user's to mend."""
+    config, asked = tiny_config(capacity=100), []
+    nbytes = 100 * 3 * 8 * 8
+    monkeypatch.setattr(device, "ReplayBuffer", lambda *args: asked.append(args[-1].type))
+    for free in (2 * nbytes, 2 * nbytes - 1):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 10 * free))
+        make_replay(config, (3, 8, 8), 2, CUDA)
+    make_replay(config, (3, 8, 8), 2, CPU)
+    assert asked == ["cuda", "cpu", "cpu"]
+
+    def refuse(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(device, "ReplayBuffer", refuse)
+    with pytest.raises(UserError, match="capacity 100 needs 0 GB, which can't be had"):
+        make_replay(config, (3, 8, 8), 2, CPU)
+
+
+def test_memory_metrics_are_plausible():
+    """GB of RAM of this process; nothing of a GPU that is not used."""
+    before = device.memory(CPU)
+    assert before.keys() == {"perf/ram_gb"} and 0.05 < before["perf/ram_gb"] < 100
+    held = np.ones(7 * 10**7)  # 0.56 GB, too much for memory that was freed before
+    assert device.memory(CPU)["perf/ram_gb"] - before["perf/ram_gb"] == pytest.approx(held.nbytes / GB, abs=0.05)
+
+
+# ------------------------------------------------------------------------------------------ processors
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "threads"),
+    [
+        ("0::/", {}, 8),
+        ("0::/", {"sys/fs/cgroup/cpu.max": "max 100000"}, 8),
+        ("0::/", {"sys/fs/cgroup/cpu.max": "200000 100000"}, 2),
+        ("0::/", {"sys/fs/cgroup/cpu.max": "350000 100000"}, 3),
+        ("0::/", {"sys/fs/cgroup/cpu.max": "50000 100000"}, 1),
+        ("0::/", {"sys/fs/cgroup/cpu.max": "900000 100000"}, 8),  # more than there are
+        ("0::/a/b/c", {"sys/fs/cgroup/a/b/c/cpu.max": "max 100000", "sys/fs/cgroup/a/cpu.max": "200000 50000"}, 4),
+        ("0::/a/b/c", {"sys/fs/cgroup/a/b/cpu.max": "200000 100000", "sys/fs/cgroup/a/cpu.max": "400000 100000"}, 2),
+        ("0::/", {"sys/fs/cgroup/cpu.max": ""}, 8),
+        (V1, {"sys/fs/cgroup/cpu/docker/7/cpu.cfs_quota_us": -1, "sys/fs/cgroup/cpu/docker/7/cpu.cfs_period_us": 1}, 8),
+        (V1, {"sys/fs/cgroup/cpu/cpu.cfs_quota_us": 300000, "sys/fs/cgroup/cpu/cpu.cfs_period_us": 100000}, 3),
+        (V1, {"sys/fs/cgroup/cpu/cpu.cfs_quota_us": 300000}, 8),
+    ],
+)
+def test_threads_are_no_more_than_the_tightest_group_has_processors(cgroup, files, threads, machine, monkeypatch):
+    """Of both versions, nested ones included; half a processor is one thread."""
+    assert threads_after(machine(cgroup, files), monkeypatch) == threads
+
+
+def test_threads_follow_the_affinity(machine, monkeypatch):
+    """As schedulers and `taskset` set it."""
+    assert threads_after(machine("0::/", {}), monkeypatch, affinity=3) == 3
+
+
+def test_a_number_of_threads_that_was_asked_for_stays(machine, monkeypatch):
+    """OMP_NUM_THREADS beats the container."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    root = machine("0::/", {"sys/fs/cgroup/cpu.max": "200000 100000"})
+    assert threads_after(root, monkeypatch, keep=True) == 8
+
+
+def threads_after(root: Path, monkeypatch, affinity: int = 8, keep: bool = False) -> int:
+    """torch's threads after `limit_threads`, on a machine with eight processors."""
+    threads = [8]
+    if not keep:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(affinity)), raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: threads.__setitem__(0, number))
+    limit_threads(root)
+    return threads[0]
