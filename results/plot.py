@@ -1,148 +1,181 @@
-"""The learning curves of this folder.
+"""Draw the figures of this folder and print the claim's table.
 
-    python results/plot.py                      draws all runs into results/curves.png
-    python results/plot.py --add RUN_FOLDER     first writes a run's curve into this folder
+    python results/plot.py
 
-A curve comes from the run's own evaluations: deterministic policy, fixed seeds.
+lift.png                      `run.py --preset cpu` on Lift: each run, their median, SAC and the scripted expert
+experiments/experiments.png   the runs with other constants, or on an easier task
 """
 
-import argparse
-import json
-import subprocess
-import sys
-from collections.abc import Callable
-from dataclasses import replace
+import csv
 from pathlib import Path
+from statistics import median
 
 import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
-import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-from checkpoint import OLDER_CONSTANTS  # noqa: E402
-from logger import read_metrics  # noqa: E402
-from run import eval_options  # noqa: E402
-from train import PRESETS, Config  # noqa: E402
+END = 100_000  # control steps of the preset
+SAC_EPISODE = 500  # control steps
+EXPERT = 0.965  # share of an episode's length that the scripted expert gets: expert.py
+HOVERING = 0.444  # the most that a hand at the cube gets without holding it, by Lift's reward
+BLUE, GRAY, RED, GREEN, ORANGE = "#0b6fb8", "0.72", "#c0392b", "#2e8b57", "#d9822b"
+# The experiments that changed the course, drawn in color: run, label.
+EASIER = {
+    "first-seed0": ("first run: it hovers", RED),
+    "entropy-falls-seed0": ("entropy bonus large at first", ORANGE),
+    "focus-seed2": ("replay_focus 0.5, seeds 0 to 2", GREEN),
+    "focus-seed0": ("", GREEN),
+    "focus-seed1": ("", GREEN),
+}
+BENCHMARK = {
+    "rotation-1-seed0": ("hand turns at full speed", RED),
+    "rotation-1e-1-long-seed0": ("rotation_scale 0.1", ORANGE),
+    "long-episodes-seed0": ("0.02, long training episodes", GREEN),
+}
 
-# Share of an episode's largest return. The expert is a script that opens, descends, closes and lifts; 0.88 is what it
-# gets on the easier task.
-ANCHORS = {"expert\nscript": 481 / 500, "hovering at\nthe cube,\nat most": 0.444, "random": 0.0075}
-# RoboSuite's published SAC, which sees the full state: median env steps of five seeds to returns of 500.
-SAC = {"env_step": (120_000, 400_000, 438_000, 648_000, 820_000), "return": (217, 217, 300, 400, 450)}
-AS_IT_IS, CHANGED, EASIER = "cpu preset as it is", "constants changed", "an easier task (4 actions)"
-OTHER = "another preset"
-COLOURS = {EASIER: "#e3bd74", CHANGED: "0.65", OTHER: "#c0392b", AS_IT_IS: "#0b6fb8"}  # from the bottom to the top
-
-
-def add(run_dir: Path, name: str, hardware: str, commit: str, notes: str) -> Path:
-    """Write a run folder's evaluations as results/{task}_{preset}_seed{seed}_{name}.json."""
-    saved = OLDER_CONSTANTS | json.loads((run_dir / "config.json").read_text())
-    names = set(Config.__dataclass_fields__)
-    config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in names})
-    preset = replace(Config(), **PRESETS[config.preset])
-    apart = {"preset", "seed", "run_dir", "wandb", "device", "video_every", "checkpoint_minutes"}
-    changed = {name: getattr(config, name) for name in names - apart if getattr(config, name) != getattr(preset, name)}
-    hours, logged, curve = 0.0, 0, []
-    for row in read_metrics(run_dir)[0]:
-        if "perf/env_steps_per_s" in row:
-            hours += (row["env_step"] - logged) / row["perf/env_steps_per_s"] / 3600
-            logged = row["env_step"]
-        if "eval/return_mean" in row:
-            point = {name: row[f"eval/{name}"] for name in ("return_mean", "return_std", "success_rate", "episodes")}
-            curve.append({"env_step": row["env_step"], "hours": round(hours, 3)} | point)
-    result = {
-        "task": config.task, "preset": config.preset, "changed": dict(sorted(changed.items())), "seed": config.seed,
-        "commit": commit, "hardware": hardware, "hours": round(hours, 3),
-        "episode_steps": eval_options(config)["episode_steps"], "curve": curve, "notes": notes,
-    }  # fmt: skip
-    path = HERE / f"{config.task.lower()}_{config.preset}_seed{config.seed}_{name}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    return path
+Curves = dict[str, list[dict[str, float]]]  # the evaluations of each run, in the order of the file
 
 
-def draw(path: Path) -> None:
-    """Left the benchmark's task by control steps, in bold the median of finished seeds; right all runs by the clock."""
-    runs = [json.loads(file.read_text()) for file in sorted(HERE.glob("lift_*.json"))]
-    figure, axes = plt.subplots(2, 2, figsize=(11, 6), sharex="col", sharey=True)
-    for (by_step, by_time), metric in zip(axes, ("return_mean", "success_rate"), strict=True):
-        draw_runs(by_step, [run for run in runs if kind(run) != EASIER], metric, lambda point: point["env_step"])
-        draw_median(by_step, [run for run in runs if kind(run) == AS_IT_IS], metric)
-        draw_runs(by_time, [run for run in runs if kind(run) != OTHER], metric, lambda point: 60 * point["hours"])
-    returns, returns_by_time = axes[0]
-    reached = [value / 500 for value in SAC["return"]]
-    returns.plot(SAC["env_step"], reached, color="0.2", linewidth=2, label="SAC from full state, median")
-    returns.set_xscale("log")
-    for name, height in ANCHORS.items():
-        for axis in axes[0]:
-            axis.axhline(height, color="0.3", linewidth=0.8, linestyle="--")
-        returns_by_time.annotate(name, (1.01, height), xycoords=("axes fraction", "data"), fontsize=8, va="center")
-    returns.set_title("the benchmark's task (7 actions, 20 Hz, 500 steps)", fontsize=10)
-    returns_by_time.set_title("by the clock, on one or two CPU cores", fontsize=10)
-    returns.set_ylabel("return / episode length")
-    axes[1][0].set_ylabel("success rate")
-    axes[1][0].set_xlabel("control steps")
-    axes[1][1].set_xlabel("minutes")
-    returns.legend(loc="lower right", fontsize=8)
-    axes[1][1].legend(loc="lower right", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+def read_curves(path: Path) -> Curves:
+    """The evaluations of each run: control steps, hours (nan if unknown) and the return as a share of the episode."""
+    curves: Curves = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            point = {name: float(row[name] or "nan") for name in ("env_step", "hours", "return_share")}
+            curves.setdefault(row["run"], []).append(point)
+    return curves
 
 
-def kind(run: dict) -> str:
-    """One of COLOURS."""
-    if run["preset"] != "cpu":
-        return OTHER
-    if run["changed"].get("controller", "OSC_POSE") != "OSC_POSE":
-        return EASIER
-    # These change nothing of what is learnt by a step.
-    return CHANGED if run["changed"].keys() - {"steps", "eval_action"} else AS_IT_IS
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a csv file."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
-def heights(run: dict, metric: str) -> list[float]:
-    scale = run["episode_steps"] if metric == "return_mean" else 1
-    return [point[metric] / scale for point in run["curve"]]
+def column(points: list[dict[str, float]], name: str) -> list[float]:
+    """One value of each evaluation of a run."""
+    return [point[name] for point in points]
 
 
-def draw_runs(axis: plt.Axes, runs: list[dict], metric: str, x: Callable[[dict], float]) -> None:
-    for name, colour in COLOURS.items():
-        for i, run in enumerate(run for run in runs if kind(run) == name):
-            axis.plot(
-                [x(point) for point in run["curve"]], heights(run, metric),
-                color=colour, linewidth=1, marker=".", markersize=4, label=None if i else name,
-            )  # fmt: skip
-    axis.set_ylim(-0.02, 1.02)
+def median_curve(curves: Curves) -> tuple[list[float], list[float]]:
+    """Control steps, and the median of the runs that were evaluated there. Steps with fewer than 3 are left out."""
+    at: dict[float, list[float]] = {}
+    for point in (point for points in curves.values() for point in points):
+        at.setdefault(point["env_step"], []).append(point["return_share"])
+    steps = sorted(step for step, shares in at.items() if len(shares) >= 3)
+    return steps, [median(at[step]) for step in steps]
+
+
+def draw_claim(path: Path) -> None:
+    """Return by control steps on the left, by hours on the right."""
+    curves = read_curves(HERE / "lift.csv")
+    stopped = {row["run"] for row in read_rows(HERE / "runs.csv") if row["status"] == "stopped"}
+    figure, (by_steps, by_hours) = plt.subplots(1, 2, figsize=(9, 4), sharey=True, width_ratios=(3, 2))
+    for run, points in curves.items():
+        shares, steps, hours = (column(points, name) for name in ("return_share", "env_step", "hours"))
+        for axis, x in ((by_steps, [step / 1000 for step in steps]), (by_hours, hours)):
+            axis.plot(x, shares, color=BLUE, alpha=0.5, linewidth=1)
+            if run in stopped:
+                axis.plot(x[-1], shares[-1], color=BLUE, marker="x", linestyle="none")
+    steps, medians = median_curve(curves)
+    by_steps.plot([], [], color=BLUE, alpha=0.5, linewidth=1, label=f"each of {len(curves)} runs (x: stopped early)")
+    by_steps.plot([step / 1000 for step in steps], medians, color=BLUE, linewidth=3, label="their median")
+    draw_sac(by_steps)
+    for axis in (by_steps, by_hours):
+        axis.axhline(EXPERT, color="0.3", linewidth=1, linestyle="--")
+        axis.text(0.02, EXPERT + 0.015, "scripted expert", transform=axis.get_yaxis_transform(), fontsize=9)
+    finish(by_steps, "control steps, in thousands", 120)
+    finish(by_hours, "hours on one or two CPU cores", 2.6)
+    by_steps.set_ylabel("return / episode length")
+    by_steps.legend(loc="lower right", fontsize=9)
+    save(figure, path)
+
+
+def draw_sac(axis: Axes) -> None:
+    """The median of RoboSuite's published SAC runs, as far as the other curves go."""
+    rows = [row for row in read_rows(HERE / "sac.csv") if float(row["env_step"]) <= 120_000]
+    steps = [float(row["env_step"]) / 1000 for row in rows]
+    shares = [float(row["return_median"]) / SAC_EPISODE for row in rows]
+    axis.plot(steps, shares, color="0.25", linewidth=2, linestyle="-.", label="SAC from the full state, median")
+
+
+def draw_experiments(path: Path) -> None:
+    """The easier task on the left, the benchmark's on the right."""
+    curves = read_curves(HERE / "experiments" / "curves.csv")
+    rows = read_rows(HERE / "experiments" / "runs.csv")
+    easier = {row["run"] for row in rows if "--controller=OSC_POSITION" in row["overrides"]}
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True)
+    for axis, chosen, end in ((axes[0], EASIER, 60), (axes[1], BENCHMARK, 120)):
+        mine = {run: points for run, points in curves.items() if (run in easier) == (chosen is EASIER)}
+        for run in sorted(mine, key=lambda run: run in chosen):  # the chosen ones last, on top
+            label, color = chosen.get(run, ("", GRAY))
+            steps = [step / 1000 for step in column(mine[run], "env_step")]
+            width = 2 if run in chosen else 1
+            axis.plot(steps, column(mine[run], "return_share"), color=color, linewidth=width, label=label or None)
+        axis.plot([], [], color=GRAY, linewidth=1, label="other constants")
+        axis.axhline(HOVERING, color="0.3", linewidth=1, linestyle="--")
+        axis.text(0.98, HOVERING + 0.015, "hovering", transform=axis.get_yaxis_transform(), fontsize=9, ha="right")
+        finish(axis, "control steps, in thousands", end)
+        axis.legend(loc="lower right", fontsize=9)
+    axes[0].set_title("an easier task: 4 actions", fontsize=11)
+    axes[1].set_title("the benchmark's task: 7 actions", fontsize=11)
+    axes[0].set_ylabel("return / episode length")
+    save(figure, path)
+
+
+def finish(axis: Axes, label: str, end: float) -> None:
+    """Limits, grid and the name of the x axis."""
+    axis.set_xlim(0, end)
+    axis.set_ylim(0, 1.05)
+    axis.set_xlabel(label)
     axis.grid(alpha=0.3)
 
 
-def draw_median(axis: plt.Axes, runs: list[dict], metric: str) -> None:
-    """Of the runs that reached the preset's `steps`."""
-    finished = [run for run in runs if run["curve"][-1]["env_step"] >= PRESETS["cpu"]["steps"]]
-    if len(finished) < 2:
-        return
-    curves = [{p["env_step"]: y for p, y in zip(run["curve"], heights(run, metric), strict=True)} for run in finished]
-    steps = sorted(set.intersection(*map(set, curves)))  # at which all of them were evaluated
-    median = [np.median([curve[step] for curve in curves]) for step in steps]
-    axis.plot(steps, median, color=COLOURS[AS_IT_IS], linewidth=3, label=f"their median ({len(finished)} runs)")
+def table() -> list[str]:
+    """The lines of README.md's table: each run at the preset's end, or at its last evaluation if it was stopped."""
+    points: dict[str, list[dict[str, str]]] = {}
+    for point in read_rows(HERE / "lift.csv"):
+        points.setdefault(point["run"], []).append(point)
+    lines = []
+    for run in read_rows(HERE / "runs.csv"):
+        until_end = [point for point in points[run["run"]] if int(point["env_step"]) <= END]
+        last, first = until_end[-1], next((point for point in until_end if float(point["success"]) == 1), None)
+        spread = float(last["return_std"])
+        cells = [
+            f"`{run['run']}`",
+            run["task"],
+            run["preset"],
+            run["seed"],
+            f"{int(last['env_step']):,}",
+            f"{float(last['return']):.0f} ± {spread:.{0 if spread >= 1 else 1}f}",
+            f"{100 * float(last['success']):.0f} % of {last['episodes']}",
+            f"{float(last['hours']):.1f}" if last["hours"] else "not kept",
+            run["cores"],
+            f"{int(first['env_step']):,}, {60 * float(first['hours']):.0f} min" if first else "not yet",
+            run["commit"].split(";")[-1].split()[0],
+            f"`python run.py --preset cpu --seed {run['seed']}`",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure, sharp at twice the width that a README shows."""
+    figure.tight_layout()
+    figure.savefig(path, dpi=180)
+    plt.close(figure)
+    print(path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--add", type=Path, metavar="RUN_FOLDER", help="write this run's curve first")
-    parser.add_argument("--name", help="ends the file's name; by default the commit")
-    parser.add_argument("--hardware", default="unknown", help="where it ran")
-    parser.add_argument("--commit", help="that it ran with; by default the present one")
-    parser.add_argument("--notes", default="", help="what to know of it, such as its command and why it ended")
-    args = parser.parse_args()
-    if args.add:
-        commit = args.commit or subprocess.check_output(
-            ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], text=True
-        ).strip()  # fmt: skip
-        print(add(args.add, args.name or commit, args.hardware, commit, args.notes))
-    draw(HERE / "curves.png")
-    print(HERE / "curves.png")
+    """Draw both figures."""
+    draw_claim(HERE / "lift.png")
+    draw_experiments(HERE / "experiments" / "experiments.png")
+    print("\n".join(table()))
 
 
 if __name__ == "__main__":
