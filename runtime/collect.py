@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import time
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from buffer import ReplayBuffer, Transition
 from runtime.console import StopSignals, warn
-from runtime.envs import BrokenEnv, EnvFailure, Envs
+from runtime.envs import BrokenEnv, EnvFailure, Envs, close_envs, dead_workers
 from runtime.logger import Stopwatch
 from train import ActState, Config, Dreamer
 
@@ -217,14 +216,7 @@ class Collector:
 
     def close(self) -> None:
         """Close the environments, or end workers one of which has died: the answer to a call may never come."""
-        if not self.lost_workers:
-            with contextlib.suppress(OSError, EOFError):  # of a worker that was killed after its last call
-                self.envs.close()
-                return
-        self.envs.closed = True
-        for process in getattr(self.envs, "processes", ()):
-            process.terminate()
-            process.join()
+        close_envs(self.envs, self.lost_workers)
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and generators: all that decides the episodes to come where all have just ended."""
@@ -278,15 +270,11 @@ class Collector:
     def _env_failures(self) -> Iterator[None]:
         """Turn what ends the environments for good into a Failure: a dead worker, one that can't be mended."""
         try:
-            yield
-        except (EOFError, ConnectionError) as error:
-            self.lost_workers = True
-            time.sleep(0.5)  # a signal that ended a worker may be on its way to this process too
-            self.stop.check()
-            codes = [process.exitcode for process in getattr(self.envs, "processes", ())]
-            raise EnvFailure(f"an environment's process has ended; exit codes: {codes}") from error
+            with dead_workers(self.envs):
+                yield
         except BrokenEnv as error:
             self.lost_workers = True
+            self.stop.check()  # the signal that ends the run may have ended a worker first
             raise EnvFailure(str(error)) from error
 
 

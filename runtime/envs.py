@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -110,31 +111,79 @@ class RebuildingEnv(gymnasium.Wrapper):
         self.env.np_random = generator
 
 
+class EvalEnv(RebuildingEnv):
+    """An environment of an evaluation, which begins and ends its episodes beside others that step with it.
+
+    Where no episode runs, a step does nothing. What can't be mended is told in info["broken"], one line, and not
+    raised: a worker that raises ends, with a traceback.
+    """
+
+    def __init__(self, build: Callable[[], gymnasium.Env]) -> None:
+        super().__init__(build)
+        self._seed: int | None = None  # of the present episode
+        self._ended = True
+
+    def reset(self, *, seed: int | None = None, **_: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        """Begin the episode that `seed` draws."""
+        try:
+            answer = super().reset(seed=seed)
+        except BrokenEnv as error:
+            return self._nothing(), {"broken": str(error)}
+        self._seed, self._ended = seed, False
+        return answer
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """One agent step, or nothing where no episode runs."""
+        if self._ended:
+            return self._nothing(), 0.0, False, True, {}
+        try:
+            answer = super().step(action)
+        except BrokenEnv as error:
+            return self._nothing(), 0.0, False, True, {"broken": str(error)}
+        self._ended = answer[2] or answer[3]
+        return answer
+
+    def frame(self, seed: int) -> np.ndarray | str | None:
+        """What the episode of `seed` looks like, uint8 (H, W, 3), or why that can't be had; None in other episodes."""
+        if seed != self._seed:
+            return None
+        try:
+            frame = np.asarray(self.env.render())
+            if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
+                return f"render() gave a frame of {frame.dtype} {frame.shape}, not of uint8 (height, width, 3)"
+        except FAULTS as error:
+            return f"render() raised {error!r}"
+        return frame
+
+    def _nothing(self) -> np.ndarray:
+        return np.zeros(self.observation_space.shape or (), self.observation_space.dtype)
+
+
 def describe_error(error: BaseException) -> str:
     """One line: type, message, and the file and line that raised."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({os.path.basename(place.filename)}:{place.lineno})".replace("\n", " ")
 
 
-def make_vector_env(builders: Sequence[Callable[[], gymnasium.Env]]) -> Envs:
-    """Environments that step together and are built anew after a fault (`RebuildingEnv`).
+def make_vector_env(builders: Sequence[Callable[[], gymnasium.Env]], kind: type[RebuildingEnv] = RebuildingEnv) -> Envs:
+    """Environments of a kind that is built anew after a fault, which step together.
 
     One lives in this process, several in spawned workers that end with it.
     """
-    makers = [functools.partial(_rebuilding, build) for build in builders]
+    makers = [functools.partial(_rebuilding, build, kind) for build in builders]
     if len(makers) == 1:
         return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.DISABLED)
     return AsyncVectorEnv(makers, context="spawn", autoreset_mode=AutoresetMode.DISABLED)
 
 
-def _rebuilding(build: Callable[[], gymnasium.Env]) -> RebuildingEnv:
+def _rebuilding(build: Callable[[], gymnasium.Env], kind: type[RebuildingEnv]) -> RebuildingEnv:
     if multiprocessing.parent_process() is not None:
         for name in ("SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):  # reach workers too; the parent decides
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), signal.SIG_IGN)
         threading.Thread(target=_end_with_parent, daemon=True).start()
         sys.stdout, sys.stderr = Tolerant(sys.stdout), Tolerant(sys.stderr)
-    return RebuildingEnv(build)
+    return kind(build)
 
 
 def _end_with_parent() -> None:
@@ -143,6 +192,29 @@ def _end_with_parent() -> None:
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
+
+
+@contextlib.contextmanager
+def dead_workers(envs: Envs) -> Iterator[None]:
+    """Raise BrokenEnv where a worker process turns out to have ended."""
+    try:
+        yield
+    except (EOFError, ConnectionError) as error:
+        time.sleep(0.5)  # its exit code, or the signal that ended it and is meant for this process too, may be late
+        codes = [process.exitcode for process in getattr(envs, "processes", ())]
+        raise BrokenEnv(f"an environment's process has ended; exit codes: {codes}") from error
+
+
+def close_envs(envs: Envs, broken: bool = False) -> None:
+    """Close environments. Workers of broken ones are ended: the answer to a call may never come."""
+    if not broken or isinstance(envs, SyncVectorEnv):
+        with contextlib.suppress(OSError, EOFError):  # of a worker that was killed after its last call
+            envs.close()
+            return
+    envs.closed = True
+    for process in getattr(envs, "processes", ()):
+        process.terminate()
+        process.join()
 
 
 class EnvFailure(Failure):

@@ -4,11 +4,11 @@ import dataclasses
 import functools
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,7 +21,18 @@ from runtime.cli import check_config, env_options
 from runtime.collect import EpisodeStats
 from runtime.console import Failure, ProgressBar, StopSignals, UserError, say, warn
 from runtime.device import pick_device
-from runtime.envs import FAULTS, BrokenEnv, MakeEnv, RebuildingEnv, build_errors, describe_error
+from runtime.envs import (
+    FAULTS,
+    BrokenEnv,
+    Envs,
+    EvalEnv,
+    MakeEnv,
+    build_errors,
+    close_envs,
+    dead_workers,
+    describe_error,
+    make_vector_env,
+)
 from runtime.logger import Logger, Stopwatch
 from runtime.video import VideoError, dream_video, open_loop_video, policy_video, write_video
 from train import CONTEXT, ActState, Config, Dreamer, Prediction
@@ -71,6 +82,11 @@ class Evaluation:
     failed: int = 0  # episodes that the environment could not play
     render_seconds: float = 0.0
 
+    @property
+    def filmed(self) -> Recording | None:
+        """The recording that has frames, if one has."""
+        return next((recording for recording in self.recordings if recording.renders is not None), None)
+
     def summary(self) -> dict[str, float]:
         """Mean and spread of each figure over the episodes (time to success: over those with success)."""
         figures = [episode.metrics() for episode in self.episodes]
@@ -84,98 +100,142 @@ class Evaluation:
         return summary
 
 
+@dataclasses.dataclass
+class Episode:
+    """An evaluation episode that is being played, for the `attempt`-th time."""
+
+    number: int
+    stats: EpisodeStats
+    attempt: int = 0
+    rows: list[tuple[np.ndarray, np.ndarray, float, bool]] = dataclasses.field(default_factory=list)
+    renders: list[np.ndarray] = dataclasses.field(default_factory=list)
+    terminal: bool = False
+
+    def recording(self) -> Recording:
+        """What is kept of it."""
+        images, actions, rewards, successes = map(np.stack, zip(*self.rows, strict=True))
+        renders = np.stack(self.renders) if self.renders else None
+        return Recording(images, actions, rewards.astype(np.float32), successes, self.terminal, renders)
+
+
 class Player:
-    """Plays episodes of the deterministic policy with fixed seeds, in an env and with draws of its own.
+    """Plays episodes of the deterministic policy with fixed seeds, as many at once as there are environments.
+
+    An episode's seed follows from its number alone, so the environment's draws are the same however many run at once.
+    The policy's own draws are made for all running episodes together.
 
     Args:
-        act: images (1, C, H, W), state, is_first, draws, deterministic -> actions (1, A) and the next state.
-        env: the evaluation environment.
+        act: images (B, C, H, W), state, is_first (B,), draws, deterministic -> actions (B, A) and the next state.
+        envs: B environments of the kind `EvalEnv`.
         repeat: action_repeat.
         seed: of the first episode; the next ones have the numbers after it.
-        each_step: gets the episode's number and may raise to stop.
+        each_step: gets the lowest number of a running episode, and may raise to stop.
     """
 
     def __init__(
         self,
         act: Act,
-        env: gymnasium.Env,
+        envs: Envs,
         repeat: int,
         device: torch.device,
         seed: int = EVAL_SEED,
         each_step: Callable[[int], None] = lambda _: None,
     ):
-        self.act, self.env, self.repeat, self.device, self.seed = act, env, repeat, device, seed
+        self.act, self.envs, self.repeat, self.device, self.seed = act, envs, repeat, device, seed
         self.each_step = each_step
         self.draws = Draws(torch.Generator(device).manual_seed(seed))
 
     def play(self, episodes: int, film: bool) -> Evaluation:
-        """An evaluation; `film` keeps frames of its first episode. Failed episodes are played again with other draws.
+        """An evaluation, in the order of its episodes; `film` keeps frames of the first one.
 
-        An episode is a success if the task was solved at any of its steps.
+        An episode is a success if the task was solved at any of its steps. Failed episodes are played again with other
+        draws. Raises BrokenEnv if an environment can't be mended, or its process has ended.
         """
-        result = Evaluation([], [])
-        for episode in range(episodes):
-            for attempt in range(TRIES):
-                seed = self.seed + episode + OTHER_SEED * attempt
-                told = self._episode(episode, seed, film and not result.recordings, result)
-                if not told:
-                    break
-                warn(f"an episode of the evaluation failed and is played with other draws: {told}")
-            else:
-                result.failed += 1
-        return result
-
-    def _episode(self, episode: int, seed: int, film: bool, result: Evaluation) -> str:
-        """Play one episode and add it to the result; what the environment told of a fault, if it did, instead."""
-        image, info = self.env.reset(seed=seed)
-        if "env_error" in info:
-            warn(f"a reset of the evaluation failed and was drawn anew: {info['env_error']}")
-        stats, done, terminated = EpisodeStats(self.repeat), False, False
+        self.waiting, self.film, self.render_seconds = deque(range(episodes)), film, 0.0
+        self.done: list[Episode] = []  # by number
+        self.running = [self._next() for _ in range(self.envs.num_envs)]
         state: ActState | None = None
-        rows = [(image, np.zeros(self.env.action_space.shape or (), np.float32), 0.0, False)]
-        renders: list[np.ndarray] = []
-        while True:
-            if film:
-                film = self._render(renders, result)
-            if done:
-                break
-            self.each_step(episode)
-            batch = torch.as_tensor(image, device=self.device)[None]
-            is_first = torch.tensor([state is None], device=self.device)
-            chosen, state = self.act(batch, state, is_first, self.draws, deterministic=True)
-            action = chosen[0].float().cpu().numpy()
-            image, reward, terminated, truncated, info = self.env.step(action)
-            if "env_error" in info:
-                return str(info["env_error"])
-            done, success = terminated or truncated, bool(info.get("success", False))
-            stats.add(float(reward), success)
-            rows.append((image, action, float(reward), success))
-        result.episodes.append(stats)
-        if len(result.recordings) < RECORDINGS:
-            images, actions, rewards, successes = map(np.stack, zip(*rows, strict=True))
-            filmed = np.stack(renders) if renders else None
-            result.recordings.append(
-                Recording(images, actions, rewards.astype(np.float32), successes, bool(terminated), filmed)
-            )
-        return ""
+        with dead_workers(self.envs):
+            while any(self.running):
+                first = self._begin()
+                self.each_step(min(episode.number for episode in self.running if episode))
+                image, is_first = (torch.as_tensor(x, device=self.device) for x in (self.image, first))
+                state = None if first.all() else state
+                action, state = self.act(image, state, is_first, self.draws, deterministic=True)
+                self._step(action.float().cpu().numpy())
+        recordings = [episode.recording() for episode in self.done[:RECORDINGS]]
+        stats = [episode.stats for episode in self.done]
+        return Evaluation(stats, recordings, episodes - len(stats), self.render_seconds)
 
-    def _render(self, renders: list[np.ndarray], result: Evaluation) -> bool:
-        """Add a frame; without one, an evaluation goes on without pictures (False)."""
+    def _next(self) -> Episode | None:
+        """The next episode, or None: then an environment rests until the others have finished theirs."""
+        return Episode(self.waiting.popleft(), EpisodeStats(self.repeat)) if self.waiting else None
+
+    def _seed(self, episode: Episode) -> int:
+        return self.seed + episode.number + OTHER_SEED * episode.attempt
+
+    def _begin(self) -> np.ndarray:
+        """Begin the episodes that have no row yet, and say which those are: (B,) bool."""
+        first = np.array([episode is not None and not episode.rows for episode in self.running])
+        if first.any():
+            seeds = [self._seed(episode) if episode else None for episode in self.running]
+            self.image, info = self.envs.reset(seed=seeds, options={"reset_mask": first.copy()})
+            failed = self._failed(info)
+            for i, episode in enumerate(self.running):
+                if episode and first[i]:
+                    if failed[i]:
+                        warn(f"a reset of the evaluation failed and was drawn anew: {info['env_error'][i]}")
+                    nothing = np.zeros(self.envs.single_action_space.shape or (), np.float32)
+                    episode.rows.append((self.image[i].copy(), nothing, 0.0, False))
+                    self._render(i, episode)
+        return first
+
+    def _step(self, action: np.ndarray) -> None:
+        """Let all running episodes make a step (B, A), and put others in the place of those that end with it."""
+        self.image, reward, terminated, truncated, info = self.envs.step(action)
+        failed, success = self._failed(info), info.get("success", np.zeros(len(action), bool))
+        for i, episode in enumerate(self.running):
+            if episode and failed[i]:
+                warn(f"an episode of the evaluation failed and is played with other draws: {info['env_error'][i]}")
+                again = Episode(episode.number, EpisodeStats(self.repeat), episode.attempt + 1)
+                self.running[i] = again if again.attempt < TRIES else self._next()
+            elif episode:
+                episode.stats.add(float(reward[i]), bool(success[i]))
+                episode.rows.append((self.image[i].copy(), action[i], float(reward[i]), bool(success[i])))
+                self._render(i, episode)
+                if terminated[i] or truncated[i]:
+                    episode.terminal = bool(terminated[i])
+                    self._keep(episode)
+                    self.running[i] = self._next()
+
+    def _failed(self, info: dict[str, Any]) -> np.ndarray:
+        """Which environments tell of a fault: (B,) bool."""
+        if "broken" in info:
+            raise BrokenEnv(next(filter(None, info["broken"])))
+        return info.get("_env_error", np.zeros(self.envs.num_envs, bool))
+
+    def _keep(self, episode: Episode) -> None:
+        """Keep an episode that has ended; rows only of the first ones."""
+        self.film = self.film and not episode.renders
+        self.done = sorted([*self.done, episode], key=lambda x: x.number)
+        for later in self.done[RECORDINGS:]:
+            later.rows.clear()
+
+    def _render(self, i: int, episode: Episode) -> None:
+        """Film the first environment until it has played an episode; without frames, an evaluation goes on."""
+        if not self.film or i > 0:
+            return
         started = time.perf_counter()
-        try:
-            frame = np.asarray(self.env.render())
-            if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
-                raise ValueError(f"a frame of {frame.dtype} {frame.shape}, not of uint8 (height, width, 3)")
-            if renders and frame.shape != renders[0].shape:
-                raise ValueError(f"a frame of {frame.shape} after one of {renders[0].shape}")
-            renders.append(frame)
-        except FAULTS as error:  # the evaluation needs no pictures
-            warn(f"the evaluation is not filmed: render() raised {error!r}")
-            renders.clear()
-            return False
-        finally:
-            result.render_seconds += time.perf_counter() - started
-        return True
+        frame = self.envs.call("frame", self._seed(episode))[i]
+        if isinstance(frame, np.ndarray) and episode.renders and frame.shape != episode.renders[0].shape:
+            frame = f"a frame of {frame.shape} after one of {episode.renders[0].shape}"
+        if isinstance(frame, np.ndarray):
+            episode.renders.append(frame)
+        else:
+            warn(f"the evaluation is not filmed: {frame}")
+            episode.renders.clear()
+            self.film = False
+        self.render_seconds += time.perf_counter() - started
 
 
 def describe(summary: dict[str, float]) -> str:
@@ -311,6 +371,12 @@ def eval_options(config: Config) -> dict[str, Any]:
     return env_options(config) | {"episode_steps": config.eval_steps or config.episode_steps, "seed": EVAL_SEED}
 
 
+def open_envs(config: Config, make_env: MakeEnv) -> Envs:
+    """The environments of evaluations: in workers where there are several, as those of training."""
+    build = functools.partial(make_env, **eval_options(config))
+    return make_vector_env([build] * min(config.num_envs, config.eval_episodes), EvalEnv)
+
+
 class Evaluator:
     """Evaluates a run's agent, films it, and keeps the policy of the best evaluation.
 
@@ -318,7 +384,7 @@ class Evaluator:
 
     Args:
         config, agent: of the run.
-        make_env: builds the evaluation environment at the first evaluation.
+        make_env: builds the evaluation environments at the first evaluation; they live as long as the run.
         run_dir: where policy.pt goes.
         logger, watch, stop, bar: told, or asked, in between.
     """
@@ -335,9 +401,10 @@ class Evaluator:
         bar: ProgressBar,
     ):
         self.config, self.agent, self.run_dir = config, agent, run_dir
-        self.build = functools.partial(make_env, **eval_options(config))
+        self.open = functools.partial(open_envs, config, make_env)
         self.logger, self.watch, self.stop, self.bar = logger, watch, stop, bar
-        self.env: gymnasium.Env | None = None
+        self.envs: Envs | None = None
+        self.started, self.seconds = time.monotonic(), 0.0  # of this process; those that its evaluations took
         self.evaluated = self.filmed = 0  # control steps
         self.best, self.best_step = -math.inf, -1  # mean return and control step of the best evaluation
         self.best_success = 0.0
@@ -354,12 +421,17 @@ class Evaluator:
         c, last = self.config, step >= self.config.steps
         film = last or step - self.filmed >= c.video_every or self.filmed == 0
         episodes = c.eval_episodes * (LAST_EVALUATION if last else 1)
+        began = time.monotonic()
         with self.watch("eval"):
             result = self._play(episodes, film)
             if result.episodes:
                 self._log(step, result, film)
             self._compare(step, result)
         self.evaluated = step
+        now = time.monotonic()
+        self.seconds += now - began
+        share = self.seconds / (now - self.started)
+        say(f"step {step}: the evaluation took {now - began:.0f} s; evaluations are {share:.0%} of the time so far")
         self.bar.show("train")
 
     def _play(self, episodes: int, film: bool) -> Evaluation:
@@ -368,18 +440,19 @@ class Evaluator:
             self.stop.check()
 
         try:
-            self.env = self.env or self._open()
-            player = Player(self.agent.act, self.env, self.config.action_repeat, self.agent.device, each_step=each_step)
-            return player.play(episodes, film)
+            self.envs = self.envs or self._open()
+            repeat, device = self.config.action_repeat, self.agent.device
+            return Player(self.agent.act, self.envs, repeat, device, each_step=each_step).play(episodes, film)
         except BrokenEnv as error:
-            self.env = None
+            self.close(broken=True)
+            self.stop.check()  # the signal that ends the run may have ended a worker first
             warn(f"the evaluation failed: {error}")
             return Evaluation([], [], failed=episodes)
 
-    def _open(self) -> RebuildingEnv:
+    def _open(self) -> Envs:
         try:
-            return RebuildingEnv(self.build)
-        except Exception as error:  # a simulator may raise anything
+            return self.open()
+        except FAULTS as error:
             raise BrokenEnv(f"its environment can't be built: {describe_error(error)}") from error
 
     def _log(self, step: int, result: Evaluation, film: bool) -> None:
@@ -391,11 +464,11 @@ class Evaluator:
         figures = {"best_success_rate": self.best_success, "last_success_rate": summary["eval/success_rate"]}
         self.logger.summary(figures)
         say(f"step {step}: {describe(summary)}")
-        if film and result.recordings[0].renders is not None:
+        if film and result.filmed:
             self.bar.show("evaluate", "videos")
             self.watch.seconds["video"] += result.render_seconds
             with self.watch("video"):
-                self._film(step, result.recordings[0], analysis, draws)
+                self._film(step, result.filmed, analysis, draws)
             self.filmed = step
 
     def _compare(self, step: int, result: Evaluation) -> None:
@@ -424,10 +497,11 @@ class Evaluator:
             self.unwritten = None
             self.logger.policy(path, self.figures)
 
-    def close(self) -> None:
-        """Close the evaluation environment."""
-        if self.env is not None:
-            self.env.close()
+    def close(self, broken: bool = False) -> None:
+        """Close the evaluation environments; a later evaluation builds new ones."""
+        envs, self.envs = self.envs, None
+        if envs is not None:
+            close_envs(envs, broken)
 
     def state_dict(self) -> dict[str, Any]:
         """What was evaluated, and by which evaluations."""
@@ -479,20 +553,22 @@ def evaluate_policy(path: Path, given: dict[str, Any], make_env: MakeEnv) -> Non
     device = pick_device(given.get("device", "auto"))
     fast.speed_up(policy.to(device))
     with build_errors():
-        env = RebuildingEnv(functools.partial(make_env, **eval_options(config)))
+        envs = open_envs(config, make_env)
+    whole = False
     try:
-        player = Player(policy, env, config.action_repeat, device, seed=OWN_SEED)
+        player = Player(policy, envs, config.action_repeat, device, seed=OWN_SEED)
         result = player.play(config.eval_episodes, film=True)
+        whole = True
     except BrokenEnv as error:
         raise Failure(f"the evaluation failed: {error}") from error
     finally:
-        env.close()
+        close_envs(envs, broken=not whole)
     if not result.episodes:
         raise Failure("the evaluation failed: no episode could be played")
     say(describe(result.summary()))
-    if result.recordings[0].renders is not None:
+    if result.filmed:
         try:
-            frames = result.recordings[0].video(config.action_repeat)
+            frames = result.filmed.video(config.action_repeat)
             write_video(file.with_suffix(".mp4"), frames, config.control_freq / config.action_repeat)
             say(f"video {file.with_suffix('.mp4')}")
         except VideoError as error:

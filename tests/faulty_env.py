@@ -1,8 +1,11 @@
 """An environment that misbehaves as it is told. It imports no torch, so that worker processes start quickly."""
 
 import functools
+import os
+import signal
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -154,4 +157,36 @@ class GlobalDraws(FakeEnv):
     def step(self, action: np.ndarray):
         if self.fails and self.steps == 5:
             raise RuntimeError("simulation unstable")
+        return super().step(action)
+
+
+class UnevenEpisodes(FakeEnv):
+    """Episodes of 3 to 19 steps; in those that begin with a seed of `bad`, the third step raises."""
+
+    def __init__(self, *, bad: Collection[int] = (), **options: Any):
+        super().__init__(**options)
+        self.bad, self.begun_with = bad, None
+
+    def reset(self, *, seed: int | None = None, options: Any = None):
+        out = super().reset(seed=seed)
+        self.begun_with, self.length = seed, int(self.np_random.integers(3, 20))
+        return out
+
+    def step(self, action: np.ndarray):
+        if self.begun_with in self.bad and self.steps == 2:
+            raise RuntimeError("contact")
+        return super().step(action)
+
+
+class KilledWorker(FakeEnv):
+    """Its process ends in the middle of an evaluation's episode, as by kill -9, unless the file `once` is there."""
+
+    def __init__(self, *, seed: int, once: Path, eval_seed: int, **options: Any):
+        super().__init__(seed=seed, **options)
+        self.once, self.lethal = once, seed == eval_seed
+
+    def step(self, action: np.ndarray):
+        if self.lethal and self.steps == 5 and not self.once.exists():
+            self.once.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
         return super().step(action)

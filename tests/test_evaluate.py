@@ -1,6 +1,10 @@
 """Evaluation: its figures, what model and critic make of its episodes, the best policy, broken environments, --eval."""
 
+import contextlib
 import dataclasses
+import functools
+import multiprocessing
+import re
 from collections import Counter
 from types import SimpleNamespace
 
@@ -10,16 +14,20 @@ import torch
 
 import run
 from fake_env import FakeEnv
+from faulty_env import KilledWorker, UnevenEpisodes
 from runtime import checkpoint, evaluate
 from runtime.collect import EpisodeStats
+from runtime.envs import BrokenEnv, close_envs
 from runtime.evaluate import (
     EVAL_SEED,
     OTHER_SEED,
     OWN_SEED,
     TRIES,
     Evaluation,
+    Player,
     Recording,
     analyse,
+    open_envs,
     open_loop_windows,
     realised_return,
 )
@@ -212,6 +220,150 @@ def test_the_last_evaluation_competes_over_the_same_starts_as_the_others(tmp_pat
     assert max(episodes for episodes, _ in played) == 4
     assert newest(tmp_path / "run")["evaluator"]["best"] == max(compared)
     assert [line["eval/episodes"] for line in evaluations(tmp_path / "run")] == [2, 2, 4]
+
+
+# ------------------------------------------------------------------------------------------ several at once
+
+
+def counting(image, state, is_first, draws, deterministic):
+    """A policy without draws, whose actions depend on the image and on how many steps its episode has had."""
+    steps = torch.zeros(len(image)) if state is None else torch.where(is_first, 0.0, state)
+    shift = image[:, 0, :, :32].float().mean((1, 2)) / 255 - image[:, 0].float().mean((1, 2)) / 255
+    action = torch.stack([torch.sin(steps), torch.cos(steps), shift, 10 * shift], -1)
+    return action.clamp(-1, 1), steps + 1
+
+
+def play(num_envs: int, episodes: int = 7, film: bool = True, **options) -> Evaluation:
+    """Episodes of different lengths, as many at once as there are environments."""
+    config = tiny_config(num_envs=num_envs, eval_episodes=episodes, episode_steps=20)
+    envs = open_envs(config, functools.partial(UnevenEpisodes, **options))
+    assert envs.num_envs == num_envs
+    assert len(getattr(envs, "processes", ())) == (num_envs if num_envs > 1 else 0)
+    with contextlib.closing(envs):
+        return Player(counting, envs, 1, torch.device("cpu")).play(episodes, film)
+
+
+def assert_equal_evaluations(one: Evaluation, other: Evaluation) -> None:
+    assert [dataclasses.astuple(x) for x in one.episodes] == [dataclasses.astuple(x) for x in other.episodes]
+    assert one.failed == other.failed and len(one.recordings) == len(other.recordings)
+    for a, b in zip(one.recordings, other.recordings, strict=True):
+        for field in dataclasses.fields(Recording):
+            assert np.array_equal(getattr(a, field.name), getattr(b, field.name)), field.name
+
+
+def test_as_many_episodes_run_at_once_as_there_are_environments():
+    """The same returns, lengths, rows and pictures in the same order from 1, 2 and 3; only the first one is filmed."""
+    alone = play(1)
+    assert len({episode.length for episode in alone.episodes}) > 3 and len(alone.recordings) == evaluate.RECORDINGS
+    assert [x.renders is not None for x in alone.recordings] == [True] + [False] * 5 and alone.render_seconds > 0
+    assert len(alone.filmed.renders) == len(alone.filmed.image) == alone.episodes[0].length + 1
+    for num_envs in (2, 3):
+        assert_equal_evaluations(play(num_envs), alone)
+
+
+def test_failed_episodes_are_played_again_in_workers_too(capsys):
+    """With the same other draws, however many run at once: one twice, one thrice and then counted as failed."""
+    bad = {EVAL_SEED, EVAL_SEED + 2, *(EVAL_SEED + 4 + OTHER_SEED * attempt for attempt in range(TRIES))}
+    results = []
+    for num_envs in (1, 3):
+        results.append(play(num_envs, bad=bad))
+        told = [line for line in capsys.readouterr().out.splitlines() if "failed and is played with other" in line]
+        assert len(told) == 2 + TRIES and all("RuntimeError: contact" in line for line in told)
+    assert results[0].failed == 1 and len(results[0].episodes) == len(results[0].recordings) == 6
+    assert_equal_evaluations(*results)
+    assert play(1).episodes[1] == results[0].episodes[1] and play(1).episodes[0] != results[0].episodes[0]
+
+
+def test_recordings_are_of_the_first_episodes_that_could_be_played():
+    """In their order, although those before them fail only after others have ended; one of them is filmed."""
+    bad = {EVAL_SEED + i + OTHER_SEED * attempt for i in (0, 1) for attempt in range(TRIES)}
+    result = play(2, bad=bad)
+    assert result.failed == 2 and result.filmed is not None
+    assert [x.image.shape[0] - 1 for x in result.recordings] == [x.length for x in result.episodes]
+
+
+def test_more_environments_than_episodes_rest():
+    """They are neither reset nor stepped."""
+    config = tiny_config(num_envs=3, eval_episodes=3, episode_steps=20)
+    with contextlib.closing(open_envs(config, UnevenEpisodes)) as envs:
+        result = Player(counting, envs, 1, torch.device("cpu")).play(1, film=False)
+        assert envs.get_attr("begun_with") == (EVAL_SEED, None, None)
+    assert result.episodes == play(1, 1).episodes
+
+
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_an_environment_that_cannot_be_mended_is_told_without_a_traceback(num_envs, capfd):
+    """Every reset fails: that is no fault of one episode."""
+
+    class Unmendable(UnevenEpisodes):
+        def reset(self, *, seed=None, options=None):
+            raise RuntimeError("100%d of it is broken")  # which looks like a format
+
+    config = tiny_config(num_envs=num_envs, eval_episodes=2, episode_steps=20)
+    envs = open_envs(config, Unmendable)
+    with pytest.raises(BrokenEnv, match="10 resets failed .* 100%d of it is broken"):
+        Player(counting, envs, 1, torch.device("cpu")).play(2, film=False)
+    close_envs(envs, broken=True)
+    assert not multiprocessing.active_children() and "Traceback" not in capfd.readouterr().err
+
+
+FOUR_WORKERS = "--num_envs 2 --prefill 40 --eval_episodes 2 --steps 120"
+
+
+def test_a_run_evaluates_in_workers_that_end_with_it(tmp_path, monkeypatch, capsys):
+    """The same two for all its evaluations, beside those that train; all are gone at its end."""
+    workers = []
+    monkeypatch.setattr(evaluate, "analyse", lambda *args: workers.append(processes()) or analyse(*args))
+    assert train(tmp_path / "run", FOUR_WORKERS) == 0
+    assert len(workers) > 1 and len(workers[0]) == 4 and all(found == workers[0] for found in workers)
+    assert not multiprocessing.active_children()
+    assert [line["eval/episodes"] for line in evaluations(tmp_path / "run")] == [2] * (len(workers) - 1) + [4]
+    assert list((tmp_path / "run/videos").glob("eval_*.mp4"))
+    assert run.main(["--eval", str(tmp_path / "run"), "--eval_episodes", "3"], FakeEnv) == 0
+    assert "of 3 episodes" in capsys.readouterr().out and (tmp_path / "run/policy.mp4").exists()
+    assert not multiprocessing.active_children()
+
+
+def processes() -> set[int]:
+    return {process.pid for process in multiprocessing.active_children()}
+
+
+def test_a_killed_worker_costs_its_evaluation_and_nothing_else(tmp_path, capfd):
+    """It is told in a line; training goes on; the next evaluation has new workers; the exit code tells."""
+    make_env = functools.partial(KilledWorker, once=tmp_path / "once", eval_seed=EVAL_SEED)
+    assert train(tmp_path / "run", FOUR_WORKERS, make_env) == 1
+    out, error = capfd.readouterr()
+    assert re.search(
+        r"^warning: the evaluation failed: an environment's process has ended; exit.*-9", out, re.MULTILINE
+    )
+    assert out.count("is incomplete") == 1 and "done: 120 steps" in out
+    assert error == "error: 1 evaluation(s) were incomplete: see the warnings above\n"
+    assert newest(tmp_path / "run")["step"] == 120 and (tmp_path / "run/policy.pt").exists()
+    assert evaluations(tmp_path / "run")[-1]["eval/episodes"] == 4
+    assert not multiprocessing.active_children()
+
+
+def test_the_cost_of_evaluations_is_printed_as_a_share(tmp_path, monkeypatch, capsys):
+    """Seconds of this one, videos included, and the share of all of them in the time since the start."""
+    clock = [100.0]
+    monkeypatch.setattr(evaluate, "time", SimpleNamespace(monotonic=lambda: clock[0], perf_counter=lambda: clock[0]))
+    step, judge = Dreamer.train_step, evaluate.analyse
+
+    def slow(seconds, work):
+        def with_time(*args):
+            clock[0] += seconds
+            return work(*args)
+
+        return with_time
+
+    monkeypatch.setattr(evaluate, "analyse", slow(30, judge))
+    monkeypatch.setattr(Dreamer, "train_step", slow(5, step))
+    assert train(tmp_path / "run") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "the evaluation took" in line]
+    updates = [line["perf/updates"] for line in metrics(tmp_path / "run") if "perf/updates" in line]
+    assert len(lines) == len(evaluations(tmp_path / "run")) == 3 and max(map(len, lines)) <= 80
+    share = 90 / (90 + 5 * updates[-1])
+    assert lines[-1] == f"step 100: the evaluation took 30 s; evaluations are {share:.0%} of the time so far"
 
 
 # ------------------------------------------------------------------------------------------ broken environments
