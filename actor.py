@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from networks import LOG_2PI, MLP, Draws, init_weights
+from networks import LOG_2PI, MLP, Draws, in_float32, init_weights
 
 MIN_STD = 0.1
 SAMPLE_MARGIN = 1e-6  # samples of the truncated normal keep this far from its bounds
@@ -179,4 +179,4 @@ class Actor(nn.Module):
     def raw(self, feat: Tensor) -> tuple[Tensor, ...]:
         """The raw outputs (..., A) of the distribution's layers; `distribution` takes those of many steps stacked."""
         x = self.mlp(feat)
-        return tuple(self.get_submodule(name)(x) for name in self.distribution.layers)
+        return tuple(in_float32(self.get_submodule(name), x) for name in self.distribution.layers)

@@ -178,12 +178,17 @@ class _Phases(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias
 
 
+class CaptureError(RuntimeError):
+    """Why an update could not be captured as CUDA graphs, in one line."""
+
+
 def use_cuda_graphs(agent: Dreamer) -> None:
     """Replay the two halves of an update as CUDA graphs from now on."""
     behavior_params = agent.actor_optimizer.params + agent.value_optimizer.params
     halves = {"model_gradients": agent.model_optimizer.params, "behavior_gradients": behavior_params}
+    stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
     for name, params in halves.items():
-        setattr(agent, name, Graphed(getattr(agent, name), params))
+        setattr(agent, name, Graphed(getattr(agent, name), params, stream, pool))
 
 
 class Graphed:
@@ -192,12 +197,17 @@ class Graphed:
     An update is thousands of kernels that take longer to launch than to run; a graph launches them together. The
     function takes tensors and named tuples of tensors. It must do the same on the same shapes at every call and never
     wait for the device. What a call returns, and the gradients it leaves, are overwritten by the next one.
+
+    Args:
+        function, params: what is replayed, and the parameters that it leaves gradients in.
+        stream: on which warm-up and capture run, as torch asks for: a side stream.
+        pool: the memory that graphs share which are replayed one after the other.
     """
 
     WARMUP = 3  # calls, in which libraries choose their algorithms and allocate their workspaces
 
-    def __init__(self, function: Callable[..., Any], params: list[nn.Parameter]):
-        self.function, self.params = function, params
+    def __init__(self, function: Callable[..., Any], params: list[nn.Parameter], stream: Any = None, pool: Any = None):
+        self.function, self.params, self.stream, self.pool = function, params, stream, pool
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -205,7 +215,7 @@ class Graphed:
         """What the function returns for these inputs."""
         self.calls += 1
         if self.calls <= self.WARMUP:
-            return self.function(*inputs)
+            return self._warm_up(inputs)
         if self.graph is None:
             self.graph = self._capture(inputs)
         for ours, given in zip(_tensors(self.inputs), _tensors(inputs), strict=True):
@@ -215,12 +225,26 @@ class Graphed:
             param.grad = gradient
         return self.outputs
 
-    def _capture(self, inputs: tuple) -> torch.cuda.CUDAGraph:
+    def _warm_up(self, inputs: tuple[Any, ...]) -> Any:
+        """An ordinary call on the side stream."""
+        if self.stream is None:
+            return self.function(*inputs)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            outputs = self.function(*inputs)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return outputs
+
+    def _capture(self, inputs: tuple[Any, ...]) -> torch.cuda.CUDAGraph:
         """Record the function's kernels, none of which runs yet. The parameters must have no gradients."""
         self.inputs = tuple(type(x)(*(y.clone() for y in x)) if isinstance(x, tuple) else x.clone() for x in inputs)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.outputs = self.function(*self.inputs)
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                self.outputs = self.function(*self.inputs)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CaptureError(f"CUDA graphs can't be captured here ({reason}): --cuda_graphs false goes on") from error
         self.gradients = [param.grad for param in self.params]
         return graph
 

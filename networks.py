@@ -56,6 +56,12 @@ def low_precision(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
+def in_float32(layer: nn.Module, x: Tensor) -> Tensor:
+    """`layer(x)` outside of autocast: in bfloat16, outputs between 64 and 128 would lie on a grid of 0.5."""
+    with torch.autocast(x.device.type, enabled=False):
+        return layer(x.float())
+
+
 def init_weights(module: nn.Module) -> None:
     """Keras' defaults, which the author left in place: Glorot-uniform kernels, zero biases."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
@@ -129,4 +135,4 @@ class Head(nn.Module):
 
     def forward(self, feat: Tensor) -> UnitNormal | Bernoulli:
         """(..., F) -> distribution over (...)."""
-        return self.distribution(self.out(self.mlp(feat)).squeeze(-1))
+        return self.distribution(in_float32(self.out, self.mlp(feat)).squeeze(-1))

@@ -7,6 +7,7 @@ in rollouts that the world model imagines. Where an episode ends, it looks (metr
 
 import contextlib
 import dataclasses
+import multiprocessing
 import os
 import signal
 import sys
@@ -32,6 +33,8 @@ from train import Config, Dreamer
 
 def main(argv: list[str] | None = None, make_env: MakeEnv = make_robosuite_env) -> int:
     """Train, evaluate or report; returns the exit code. `make_env` builds an environment from Config's fields."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        sys.exit(1)  # a spawned worker imports a script whose call of `main` is not guarded: the parent says so
     with tolerant_output():
         try:
             command = cli.parse(sys.argv[1:] if argv is None else argv)
@@ -44,7 +47,7 @@ def main(argv: list[str] | None = None, make_env: MakeEnv = make_robosuite_env) 
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        except Failure as error:
+        except (Failure, fast.CaptureError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
         except Stopped as stop:

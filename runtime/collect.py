@@ -160,6 +160,7 @@ class Collector:
         self.action = np.zeros(0)
         self.act_state: ActState | None = None
         self.lost_workers = False
+        self.told_of_ends = False
 
     def act(self) -> None:
         """Begin the episodes that are due, choose all actions, and let the environments start to step."""
@@ -188,6 +189,9 @@ class Collector:
         for i in np.flatnonzero(~failed):
             self.replay.add(Transition(self.image[i], self.action[i], reward[i], False, terminated[i]), i)
             self.stats[i].add(float(reward[i]), bool(success[i]))
+        if terminated.any() and not self.config.discount_head and not self.told_of_ends:
+            warn("the task ends episodes itself, but the model does not learn that: --discount_head true does")
+            self.told_of_ends = True
         self.step += self.config.num_envs * self.config.action_repeat
         self.failed |= failed
         self.resets = terminated | truncated

@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -24,6 +25,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from runtime.console import Failure, Tolerant, UserError
 
+RUN = Path(__file__).resolve().parent.parent / "run.py"
 MakeEnv = Callable[..., gymnasium.Env]
 Envs = SyncVectorEnv | AsyncVectorEnv
 
@@ -173,7 +175,26 @@ def make_vector_env(builders: Sequence[Callable[[], gymnasium.Env]], kind: type[
     makers = [functools.partial(_rebuilding, build, kind) for build in builders]
     if len(makers) == 1:
         return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.DISABLED)
-    return AsyncVectorEnv(makers, context="spawn", autoreset_mode=AutoresetMode.DISABLED)
+    with _light_workers():
+        return AsyncVectorEnv(makers, context="spawn", autoreset_mode=AutoresetMode.DISABLED)
+
+
+@contextlib.contextmanager
+def _light_workers() -> Iterator[None]:
+    """Inside, spawned workers do not import run.py again, and with it torch, which takes 200 MB in each of them.
+
+    A user's own script they do import: it may register a task.
+    """
+    main = sys.modules["__main__"]
+    file, spec = getattr(main, "__file__", None), getattr(main, "__spec__", None)
+    if file is None or Path(file).resolve() != RUN:
+        yield
+        return
+    main.__spec__ = main.__file__ = None
+    try:
+        yield
+    finally:
+        main.__spec__, main.__file__ = spec, file
 
 
 def _rebuilding(build: Callable[[], gymnasium.Env], kind: type[RebuildingEnv]) -> RebuildingEnv:
@@ -239,6 +260,9 @@ def build_errors() -> Iterator[None]:
         raise UserError(str(error)) from error
     except RuntimeError as error:  # a machine that can't render
         raise Failure(str(error)) from error
+    except (EOFError, ConnectionError) as error:  # `main` ends workers that call it while they import the script
+        guard = 'if __name__ == "__main__":'
+        raise UserError(f"a worker process ended at its start: a script that calls run.main needs `{guard}`") from error
 
 
 def check_spaces(envs: Envs, task: str, cameras: int, image_size: int) -> tuple[tuple[int, int, int], int]:

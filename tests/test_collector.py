@@ -318,3 +318,15 @@ def test_a_replay_that_is_filled_anew_makes_no_updates_until_the_prefill():
     ratio, _ = schedule(1, 40, prefill=10, pretrain=10, train_every=2)
     ratio.replay.steps = 0
     assert [go_on(ratio) for _ in range(13)] == [0] * 10 + [1, 0, 1]
+
+
+@pytest.mark.parametrize("discount_head", [False, True])
+def test_ends_that_the_model_does_not_learn_are_told_once(discount_head, capsys):
+    """A task that ends its episodes itself wants a discount head."""
+    collector = collector_of([[]], discount_head=discount_head)
+    for _ in range(40):
+        collector.act()
+        collector.observe()
+        collector.finish_episodes()
+    assert collector.episode > 6
+    assert capsys.readouterr().out.count("--discount_head true") == (0 if discount_head else 1)

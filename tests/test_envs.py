@@ -259,3 +259,60 @@ def test_workers_need_no_torch():
     code = "import sys, runtime.envs, env; print({'torch', 'train', 'buffer', 'robosuite', 'wandb'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "set()", done.stderr
+
+
+# ------------------------------------------------------------------------------------------ workers and main scripts
+
+HEAD = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+"""
+UNGUARDED = """
+import run
+from faults import TINY
+from fake_env import FakeEnv
+
+sys.exit(run.main([*TINY.split(), "--num_envs", "2", "--run_dir", "there", "--wandb", "disabled"], FakeEnv))
+"""
+LIGHT = """
+import functools, pathlib, psutil, torch
+from fake_env import FakeEnv
+import runtime.envs
+
+if __name__ == "__main__":
+    runtime.envs.RUN = pathlib.Path(sys.argv[1]).resolve()
+    build = functools.partial(FakeEnv, cameras=("a",), image_size=64, action_repeat=1, episode_steps=5, seed=0)
+    envs = runtime.envs.make_vector_env([build, build])
+    for process in envs.processes:
+        maps = pathlib.Path(f"/proc/{process.pid}/maps").read_text()
+        print("libtorch" in maps, psutil.Process(process.pid).memory_info().rss / 1e6)
+    assert __file__ and sys.modules["__main__"].__file__ == __file__
+    envs.close()
+"""
+
+
+def script(folder, text: str, *argv: str) -> subprocess.CompletedProcess:
+    """A user's script, run in a folder of its own."""
+    path = folder / "script.py"
+    path.write_text(HEAD + text)
+    command = [sys.executable, str(path), *argv]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+def test_a_script_without_its_guard_ends_in_one_line_that_names_it(tmp_path):
+    """Workers import the script again, which would start workers of its own."""
+    done = script(tmp_path, UNGUARDED)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and 'if __name__ == "__main__":' in done.stderr
+    assert not (tmp_path / "there").exists()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("is_run", [True, False])
+def test_workers_of_the_program_import_no_torch(is_run, tmp_path):
+    """Those of a user's script import it again, and what it imports: it may register a task."""
+    done = script(tmp_path, LIGHT, str(tmp_path / ("script.py" if is_run else "other.py")))
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert [row[0] for row in rows] == [str(not is_run)] * 2
+    assert is_run == all(float(row[1]) < 150 for row in rows), rows

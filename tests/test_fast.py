@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from fast import (
     BiasedConvTranspose,
+    CaptureError,
     DenseConvTranspose,
     Graphed,
     OneHotLinear,
@@ -246,7 +247,8 @@ def fake_graphs(monkeypatch):
     """CUDA's graphs played by `Kernels`, whose captures leave the random numbers as they were."""
 
     @contextlib.contextmanager
-    def capture(kernels: Kernels):
+    def capture(kernels: Kernels, pool: str, stream: None):
+        assert pool == "the one pool" and stream is None
         generator = torch.get_rng_state()
         with kernels:
             yield
@@ -254,6 +256,8 @@ def fake_graphs(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Kernels)
     monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "the one pool")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -282,3 +286,23 @@ def test_replaying_an_updates_kernels_equals_the_update(changes, fake_graphs):
     assert isinstance(agent.model_gradients.graph, Kernels) and len(agent.model_gradients.graph.calls) > 500
     for plain, graphed in zip(tree_leaves(found[0]), tree_leaves(found[1]), strict=True):
         assert torch.equal(plain, graphed)
+
+
+def test_a_capture_that_fails_ends_in_one_line_that_names_the_way_out(fake_graphs, monkeypatch):
+    """Whatever CUDA says about it."""
+
+    @contextlib.contextmanager
+    def refuse(*_, **__):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    config = tiny_config()
+    agent = tiny_dreamer(config)
+    use_cuda_graphs(agent)
+    with pytest.raises(CaptureError) as error:
+        for seed in range(5):
+            agent.train_step(random_batch(config, seed))
+    assert agent.updates == Graphed.WARMUP
+    assert "not permitted" in str(error.value) and "--cuda_graphs false" in str(error.value)
+    assert "\n" not in str(error.value)
