@@ -11,6 +11,17 @@ One row is one agent step, and everything in a row belongs together:
 
 An episode of n agent steps has n + 1 rows. Each environment writes into a ring of its own; a full ring forgets its
 oldest row for each new one. No other code shifts an index.
+
+A batch is made of windows: successive rows of all rings, one ring after the other. A window runs on from an episode
+into the next one, from a ring's newest row into the next ring's oldest, and from the last ring into the first.
+`is_first` is set at each such seam, and in the window's row 0:
+
+    ring 0     x5 x6 x7 | y0 y1 y2 y3        x0 to x4 are overwritten; y is still running
+    ring 1     z0 z1 z2
+    window        x6 x7 | y0 y1 y2 y3 | z0
+    is_first       1  0    1  0  0  0    1
+
+So every row is equally likely to be trained on, those at the ends of episodes like those in the middle.
 """
 
 import math
@@ -44,8 +55,7 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same on another device."""
-        # From unpinned memory CUDA has read everything when a copy returns; MPS might still be reading what is freed.
-        return Batch(*(x.to(device, non_blocking=torch.device(device).type == "cuda") for x in self))
+        return Batch(*(_moved(x, device) for x in self))
 
 
 @dataclass
@@ -60,15 +70,15 @@ class Episode:
 
 
 class ReplayBuffer:
-    """Replay of windows that lie inside one episode; running episodes are included.
+    """Replay of windows of rows, those of running episodes included.
 
     Args:
         capacity: rows in all, shared equally by the environments.
         num_envs: environments that write.
         image_shape, action_size: (C, H, W) and A.
         seed: of the sampling generator, which is the buffer's own.
-        focus: share of the windows that come from the newest and from the best tenth of the episodes, half of it
-            each; the others, and without it all, are drawn uniformly.
+        focus: share of the windows that are made of the newest and of the best tenth of the episodes, half of it
+            each; the others, and without it all, are made of all rows.
         device: where the rows lie and batches are made.
     """
 
@@ -89,9 +99,11 @@ class ReplayBuffer:
         self.image = torch.empty((total, *image_shape), dtype=torch.uint8, device=device)
         self.action = torch.empty((total, action_size), device=device)
         self.reward = torch.empty(total, device=device)
+        self.is_first = torch.empty(total, dtype=torch.bool, device=device)
         self.is_terminal = torch.empty(total, dtype=torch.bool, device=device)
         self.written = [0] * num_envs  # rows ever written into each ring
         self.episodes: list[deque[Episode]] = [deque() for _ in range(num_envs)]
+        self.finished = np.empty((5, 0))  # of each finished one: ring, first row, end, number, return; by number
         self.rng, self.focus = np.random.default_rng(seed), focus
 
     def __len__(self) -> int:
@@ -104,9 +116,14 @@ class ReplayBuffer:
         return len(self) - sum(len(episodes) for episodes in self.episodes)
 
     @property
+    def full(self) -> bool:
+        """Whether each new row overwrites an old one."""
+        return len(self) == len(self.image)
+
+    @property
     def row_bytes(self) -> int:
         """Memory of a row."""
-        return sum(x[0].nbytes for x in (self.image, self.action, self.reward, self.is_terminal))
+        return sum(x[0].nbytes for x in (self.image, self.action, self.reward, self.is_first, self.is_terminal))
 
     def bytes(self, steps: int) -> int:
         """Memory, and disk, that the rows of `steps` agent steps take, or of a full buffer if that is less."""
@@ -126,9 +143,10 @@ class ReplayBuffer:
         elif not episodes:
             raise ValueError(f"the first row of env {env} must be the start of an episode")
         row = env * self.rows + position % self.rows
-        self.image[row] = torch.as_tensor(image)
-        self.action[row] = torch.as_tensor(transition.action)
+        self.image[row] = _moved(torch.as_tensor(image), self.image.device)
+        self.action[row] = _moved(torch.as_tensor(transition.action), self.image.device)
         self.reward[row] = float(transition.reward)
+        self.is_first[row] = bool(transition.is_first)
         self.is_terminal[row] = bool(transition.is_terminal)
         episodes[-1].length += 1
         self.written[env] += 1
@@ -139,6 +157,7 @@ class ReplayBuffer:
         episode = self.episodes[env][-1]
         rows = self._index(env, episode.start, episode.length)
         episode.number, episode.total = number, _total(self.reward[rows].cpu().numpy())
+        self._tabulate(env, episode)
 
     def export(self, env: int, episode: Episode) -> dict[str, np.ndarray]:
         """Copies of the rows that are left of an episode of `env`: name -> (length, ...), for `load`."""
@@ -162,9 +181,12 @@ class ReplayBuffer:
         rows = self._index(env, self.written[env], length)
         for name in self.COLUMNS:
             getattr(self, name)[rows] = torch.as_tensor(columns[name][-length:], device=rows.device)
-        self.episodes[env].append(Episode(self.written[env], length, number, _total(columns["reward"]), file))
+        self.is_first[rows] = torch.arange(length, device=rows.device) == 0  # also where first rows are missing
+        episode = Episode(self.written[env], length, number, _total(columns["reward"]), file)
+        self.episodes[env].append(episode)
         self.written[env] += length
         self._forget(env)
+        self._tabulate(env, episode)
 
     def _index(self, env: int, start: int, length: int) -> Tensor:
         """Where the rows `start .. start + length - 1` of a ring lie."""
@@ -177,53 +199,80 @@ class ReplayBuffer:
             lost = min(first_kept - episodes[0].start, episodes[0].length)
             episodes[0].start += lost
             episodes[0].length -= lost
-            if episodes[0].length == 0:
-                episodes.popleft()
+            if episodes[0].length == 0 and (number := episodes.popleft().number) >= 0:
+                self.finished = np.delete(self.finished, np.searchsorted(self.finished[3], number), axis=1)
+
+    def _oldest(self) -> np.ndarray:
+        """The oldest row that each ring holds (num_envs,)."""
+        return np.maximum(np.array(self.written) - self.rows, 0)
+
+    def _tabulate(self, env: int, episode: Episode) -> None:
+        """Enter a finished episode into the table, which spares sampling a look at each `Episode`."""
+        entry = env, episode.start, episode.start + episode.length, episode.number, episode.total
+        self.finished = np.insert(self.finished, np.searchsorted(self.finished[3], episode.number), entry, axis=1)
 
     def sample(self, batch_size: int, batch_length: int) -> Batch:
-        """`batch_size` windows of `batch_length` rows as (T, B, ...), each window equally likely but for `focus`.
+        """`batch_size` windows of `batch_length` rows as (T, B, ...); each row is equally likely, but for `focus`.
 
-        Row 0 of every window has `is_first` set: the model starts from its initial state there, also in
-        mid-episode. Raises ValueError while no episode is long enough.
+        The host never waits for a GPU here. Raises ValueError while there is no row.
         """
-        episodes = [
-            (env, episode.start, episode.length - batch_length + 1, episode.number, episode.total)
-            for env, episodes in enumerate(self.episodes)
-            for episode in episodes
-            if episode.length >= batch_length
-        ]
-        if not episodes:
-            raise ValueError(f"no episode in replay has {batch_length} rows yet")
-        env, start, windows, number, total = map(np.array, zip(*episodes, strict=True))
-        total = np.where(number < 0, -np.inf, total)  # a running one has no return yet
-        number = np.where(number < 0, number.max() + 1, number)  # and is the newest
+        if not len(self):
+            raise ValueError("the replay holds no row yet")
+        oldest = self._oldest()
         part = min(round(self.focus * batch_size / 2), batch_size // 2)
-        draws = [
-            self._draw(windows * _highest_tenth(number), part),
-            self._draw(windows * _highest_tenth(total), part),
-            self._draw(windows, batch_size - 2 * part),
-        ]
-        episode, offset = np.concatenate(draws, axis=1)
-        first = start[episode] + offset
-        position = (first + np.arange(batch_length)[:, None]) % self.rows  # (T, B)
-        index = torch.as_tensor(env[episode] * self.rows + position, device=self.image.device)
-        is_first = torch.zeros(index.shape, dtype=torch.bool, device=index.device)
-        is_first[0] = True
+        groups = [(parts, part) for parts in self._newest_and_best(oldest, batch_length)] if part else []
+        groups.append((np.stack([np.arange(len(oldest)), oldest, self.written]), batch_size - 2 * part))
+        env, row, seam = np.concatenate([_windows(self.rng, *group, batch_length) for group in groups], axis=-1)
+        index, seam = _moved(torch.as_tensor(np.stack([env * self.rows + row % self.rows, seam])), self.image.device)
+        is_first = self.is_first[index] | seam.bool()
         return Batch(self.image[index], self.action[index], self.reward[index], is_first, self.is_terminal[index])
 
-    def _draw(self, windows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Episode and offset in it of `count` windows, all equally likely, where episode i has `windows[i]` of them."""
-        ends = windows.cumsum()
-        drawn = self.rng.integers(ends[-1], size=count)
-        episode = np.searchsorted(ends, drawn, side="right")
-        return episode, drawn - (ends - windows)[episode]
+    def _newest_and_best(self, oldest: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """The newest tenth of the episodes and the best, each as ring, first row and end (3, n).
+
+        A running episode is among the newest, and has no return yet. While the newest tenth has fewer than `rows`
+        rows, older episodes are added: a window would repeat the few rows of an episode that has just begun.
+        """
+        last = [(env, x[-1], self.written[env]) for env, x in enumerate(self.episodes) if x]
+        running = [(env, x.start, end, x.number, -np.inf) for env, x, end in last if x.number < 0]
+        table = np.concatenate([self.finished, np.reshape(running, (-1, 5)).T], axis=1)
+        parts = table[:3].astype(int)
+        parts[1] = np.maximum(parts[1], oldest[parts[0]])
+        tenth = math.ceil(table.shape[1] / 10)
+        enough = 1 + int(np.searchsorted((parts[2] - parts[1])[::-1].cumsum(), rows))
+        return parts[:, -max(tenth, enough) :], parts[:, _highest(table[4], tenth)]
 
 
-def _highest_tenth(values: np.ndarray) -> np.ndarray:
-    """Which of the values are among the highest tenth, at least one; the last of equal ones come first."""
-    chosen = np.zeros(len(values), bool)
-    chosen[np.argsort(values, kind="stable")[-math.ceil(len(values) / 10) :]] = True
+def _windows(rng: np.random.Generator, parts: np.ndarray, count: int, length: int) -> np.ndarray:
+    """Ring, row and whether it is a seam (3, length, count) of `count` windows.
+
+    `parts` has ring, first row and end (3, n) of what the windows are made of. The parts follow each other in a circle,
+    so that each of their rows is equally likely, also if a window is longer than all of them.
+    """
+    env, start, end = parts
+    ends = (end - start).cumsum()
+    position = (rng.integers(ends[-1], size=count) + np.arange(length)[:, None]) % ends[-1]
+    part = np.searchsorted(ends, position, side="right")
+    row = end[part] - ends[part] + position
+    seam = row == start[part]
+    seam[0] = True
+    return np.stack([env[part], row, seam])
+
+
+def _highest(values: np.ndarray, count: int) -> np.ndarray:
+    """Which of the values are the `count` highest; the last of equal ones come first. Takes less time than sorting."""
+    least = np.partition(values, -count)[-count]
+    chosen = values > least
+    equal = np.flatnonzero(values == least)
+    chosen[equal[len(equal) - (count - chosen.sum()) :]] = True
     return chosen
+
+
+def _moved(x: Tensor, device: torch.device | str) -> Tensor:
+    """The same on another device. A GPU fetches it from pinned memory by itself, while the host goes on."""
+    if x.device.type == "cpu" and torch.device(device).type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def _total(reward: np.ndarray) -> float:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 import fast
-from buffer import Batch, ReplayBuffer
+from buffer import ReplayBuffer
 from env import make_env as make_robosuite_env
 from runtime import cli
 from runtime.checkpoint import Checkpointer, GlobalGenerators, Part, ReplayFiles, RunFolder
@@ -148,7 +148,7 @@ def loop(p: Parts) -> None:
     """Collect, learn, look and save until `steps`."""
     config, collector = p.config, p.collector
     overlap = overlaps(config.num_envs, p.agent.device)
-    p.bar.show("train" if p.agent.updates and p.replay.steps >= config.prefill else "prefill")
+    p.bar.show("train" if p.agent.updates and p.ratio.prefilled else "prefill")
     p.meter.start(collector.step)
     while collector.step < config.steps:
         # collect one agent step in each environment, and learn: in between, while workers step and a GPU is free
@@ -184,21 +184,13 @@ def learn(p: Parts) -> None:
         p.bar.show("pretrain", f"{updates} updates")
     with p.watch("update"):
         for _ in range(updates):
-            batch = sample(p)
+            batch = p.replay.sample(p.config.batch_size, p.config.batch_length).to(p.agent.device)
             if p.agent.device.type == "mps" and p.meter.is_new:
                 check_gradients(p.agent, batch)
             p.meter.add(p.agent.train_step(batch))
             p.stop.check()
     if updates:
         p.bar.show("train")
-
-
-def sample(p: Parts) -> Batch:
-    """A batch from the replay, on the agent's device. Failure if no episode is as long as a sequence."""
-    try:
-        return p.replay.sample(p.config.batch_size, p.config.batch_length).to(p.agent.device)
-    except ValueError as error:
-        raise Failure(f"{error}: the environment ends its episodes earlier") from error
 
 
 def look(p: Parts) -> None:

@@ -200,27 +200,16 @@ def check_config(config: Config) -> None:
         )
     if c.eval_steps % c.action_repeat:
         raise UserError(f"eval_steps {c.eval_steps} is not a multiple of action_repeat {c.action_repeat}")
-    rows = c.episode_steps // c.action_repeat + 1
-    if rows < c.batch_length:
-        raise UserError(
-            f"batch_length {c.batch_length} is longer than an episode of {rows} rows "
-            f"(episode_steps {c.episode_steps} / action_repeat {c.action_repeat}, and the reset)"
-        )
-    # Of the two episodes that share a full replay, one has a whole sequence if there is room for two.
-    for name, sequences in (("prefill", 1), ("capacity", 2)):
-        least = sequences * c.num_envs * c.batch_length
-        if getattr(c, name) < least:
-            raise UserError(
-                f"{name} {getattr(c, name)} is too small: at least {least}, {sequences} x num_envs {c.num_envs} x "
-                f"batch_length {c.batch_length}"
-            )
     # Reset rows, and the first remaining row of a half-overwritten episode, do not count as steps.
     ring = c.capacity // c.num_envs
-    held = c.num_envs * (ring - math.ceil(ring / rows) - 1)
+    held = c.num_envs * (ring - math.ceil(ring / (c.episode_steps // c.action_repeat + 1)) - 1)
     if held < c.prefill:
         raise UserError(f"capacity {c.capacity} is too small: it holds {held} agent steps, prefill is {c.prefill}")
     if c.steps < c.prefill * c.action_repeat:
-        raise UserError(f"steps {c.steps} end before the prefill of {c.prefill * c.action_repeat} control steps does")
+        raise UserError(
+            f"steps {c.steps} end before the prefill does: prefill {c.prefill} x action_repeat {c.action_repeat} are "
+            f"{c.prefill * c.action_repeat} control steps"
+        )
 
 
 def check_same_run(run_dir: Path, saved: dict[str, Any], config: Config) -> None:

@@ -94,15 +94,20 @@ class UpdateRatio:
         self.owed = 0.0  # agent steps that no update was made for yet
         self.pretrained = False
 
+    @property
+    def prefilled(self) -> bool:
+        """Whether the replay holds `prefill` agent steps, or all that it can: short episodes have many reset rows."""
+        return self.replay.steps >= self.config.prefill or self.replay.full
+
     def due(self) -> int:
         """Updates that are due after one more agent step in each environment."""
         c = self.config
-        if self.replay.steps < c.prefill:
+        if not self.prefilled:
             return 0
         pretrain, new = 0, c.num_envs
         if not self.pretrained:
             self.pretrained, pretrain = True, c.pretrain
-            new = self.replay.steps - c.prefill  # those beyond the prefill
+            new = max(0, self.replay.steps - c.prefill)  # those beyond the prefill
         self.owed += new
         due = int(self.owed / c.train_every + 1e-9)  # train_every may be a fraction such as 1.6
         self.owed -= due * c.train_every

@@ -1,5 +1,9 @@
+import gc
+import math
 import random
-from collections.abc import Iterator
+import sys
+from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -7,7 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import run
 from buffer import Batch, ReplayBuffer, Transition
+from fake_env import FakeEnv
+from faults import without_videos
+from runtime.device import make_replay
+from test_run import newest as newest_state
+from test_run import train
 
 IMAGE_SHAPE = (3, 2, 2)
 
@@ -27,26 +37,66 @@ def tags(batch: Batch) -> torch.Tensor:
     return tag
 
 
+class NaiveEpisode:
+    """Rows as (tag, is_first, is_terminal); `number` and `total` once it is finished."""
+
+    def __init__(self):
+        self.rows: list[tuple[int, bool, bool]] = []
+        self.number, self.total = math.inf, -math.inf
+
+
 class NaiveReplay:
-    """The oracle: per env a list of episodes, each a list of (tag, is_terminal)."""
+    """The oracle: per env a list of episodes."""
 
     def __init__(self, rows: int, num_envs: int):
-        self.rows, self.episodes = rows, [[] for _ in range(num_envs)]
+        self.rows, self.rings = rows, [[] for _ in range(num_envs)]
 
     def add(self, env: int, row: Transition) -> None:
-        episodes = self.episodes[env]
+        ring = self.rings[env]
         if row.is_first:
-            episodes.append([])
-        episodes[-1].append((int(row.reward), row.is_terminal))
-        if sum(map(len, episodes)) > self.rows:
-            episodes[0].pop(0)
-            if not episodes[0]:
-                episodes.pop(0)
+            ring.append(NaiveEpisode())
+        ring[-1].rows.append((int(row.reward), row.is_first, row.is_terminal))
+        if sum(len(episode.rows) for episode in ring) > self.rows:
+            ring[0].rows.pop(0)
+            if not ring[0].rows:
+                ring.pop(0)
 
-    def windows(self, length: int) -> Iterator[tuple]:
-        for episode in (episode for episodes in self.episodes for episode in episodes):
-            for start in range(len(episode) - length + 1):
-                yield tuple(episode[start : start + length])
+    def finish(self, env: int, number: int) -> None:
+        episode = self.rings[env][-1]
+        episode.number, episode.total = number, float(sum(tag for tag, _, _ in episode.rows))
+
+    def all_rows(self) -> list[list[tuple]]:
+        return [[row for episode in ring for row in episode.rows] for ring in self.rings]
+
+    def newest(self, least: int) -> list[list[tuple]]:
+        """Rows of each episode of the newest tenth, or of as many as have `least` rows together."""
+        episodes = sorted((x for ring in self.rings for x in ring), key=lambda x: x.number)  # oldest first
+        chosen = []
+        while episodes and (len(chosen) < self.tenth() or sum(map(len, chosen)) < least):
+            chosen.insert(0, episodes.pop().rows)
+        return chosen
+
+    def best(self) -> list[list[tuple]]:
+        """Rows of each episode of the best tenth; of equal ones, the newest are among it."""
+        episodes = sorted((x for ring in self.rings for x in ring), key=lambda x: x.number)
+        order = sorted(range(len(episodes)), key=lambda i: (episodes[i].total, i))
+        return [episodes[i].rows for i in sorted(order[-self.tenth() :])]
+
+    def tenth(self) -> int:
+        return math.ceil(sum(map(len, self.rings)) / 10)
+
+
+def windows_of(parts: list[list[tuple]], length: int) -> list[tuple]:
+    """All windows of the rows of parts that follow each other in a circle; a part's first row is a seam."""
+    rows = [(tag, first or i == 0, end) for part in parts for i, (tag, first, end) in enumerate(part)]
+    windows = [[rows[(start + i) % len(rows)] for i in range(length)] for start in range(len(rows))]
+    return sorted(tuple((tag, first or i == 0, end) for i, (tag, first, end) in enumerate(w)) for w in windows)
+
+
+def windows_in(batch: Batch) -> set[tuple]:
+    """The windows of a batch as the oracle has them."""
+    columns = (x.T.tolist() for x in (tags(batch), batch.is_first, batch.is_terminal))
+    return {tuple(zip(*window, strict=True)) for window in zip(*columns, strict=True)}
 
 
 def filled(lengths: list[list[int]], capacity: int = 1000, seed: int = 0) -> ReplayBuffer:
@@ -63,41 +113,173 @@ def filled(lengths: list[list[int]], capacity: int = 1000, seed: int = 0) -> Rep
 @settings(max_examples=500, deadline=None)
 @given(st.data())
 def test_windows_equal_a_naive_lists(data):
-    """The windows are a naive list's, all and only: aligned, inside an episode, without overwritten rows.
+    """The windows are a naive list's, all and only: aligned, with all seams flagged, without overwritten rows.
 
-    Several envs, wrap-around, running and terminal episodes; only row 0 of a window has is_first.
+    Several envs, wrap-around, running, finished and terminal episodes, windows longer than the replay; and those of
+    the newest and of the best tenth.
     """
     num_envs, rows, length = (data.draw(st.integers(1, high)) for high in (3, 12, 5))
     spare = data.draw(st.integers(0, num_envs - 1))  # rows of capacity that can't be shared equally
     buffer = ReplayBuffer(num_envs * rows + spare, num_envs, IMAGE_SHAPE, 2, seed=data.draw(st.integers(0, 9)))
-    naive, started = NaiveReplay(rows, num_envs), set()
+    naive, running, number = NaiveReplay(rows, num_envs), set(), 0
     steps = data.draw(st.lists(st.tuples(st.integers(0, num_envs - 1), st.integers(0, 5)), max_size=60))
     for tag, (env, event) in enumerate(steps):
-        row = transition(tag, is_first=event == 0 or env not in started, is_terminal=event == 1)
-        started = started - {env} if row.is_terminal else started | {env}
+        row = transition(tag, is_first=env not in running, is_terminal=event == 1)
         buffer.add(row, env)
         naive.add(env, row)
-    assert len(buffer) == sum(len(episode) for episodes in naive.episodes for episode in episodes)
-    expected = sorted(naive.windows(length))
-    if not expected:
-        with pytest.raises(ValueError, match=f"{length} rows"):
+        running.add(env)
+        if event < 2:
+            buffer.finish(env, number)
+            naive.finish(env, number)
+            running, number = running - {env}, number + 1
+    held = sum(map(len, naive.all_rows()))
+    assert len(buffer) == held and buffer.full == (held == num_envs * rows)
+    if not held:
+        with pytest.raises(ValueError, match="no row"):
             buffer.sample(1, length)
         return
-    batch = buffer.sample(40 * len(expected), length)  # misses a window once in e^40
-    assert batch.image.dtype == torch.uint8 and batch.reward.shape == (length, 40 * len(expected))
-    assert batch.is_first[0].all() and not batch.is_first[1:].any()
-    columns = zip(tags(batch).T.tolist(), batch.is_terminal.T.tolist(), strict=True)
-    assert sorted({tuple(zip(*column, strict=True)) for column in columns}) == expected
+    batch = buffer.sample(40 * held, length)  # misses a window once in e^40
+    assert batch.image.dtype == torch.uint8 and batch.reward.shape == (length, 40 * held)
+    assert sorted(windows_in(batch)) == windows_of(naive.all_rows(), length)
+    buffer.focus = 1.0
+    batch = buffer.sample(80 * held, length)
+    newest, best = (Batch(*(x[:, half] for x in batch)) for half in (slice(40 * held), slice(40 * held, None)))
+    assert sorted(windows_in(newest)) == windows_of(naive.newest(length), length)
+    assert sorted(windows_in(best)) == windows_of(naive.best(), length)
 
 
-def test_windows_are_equally_likely():
-    """Every window is as likely as any other, whatever episode and env it lies in (chi-square)."""
-    buffer, length, draws = filled([[7, 4, 3], [9]], seed=1), 4, 22_000
-    first = tags(buffer.sample(draws, length))[0].bincount()
-    first = first[first > 0]
-    assert len(first) == 4 + 1 + 6
-    expected = draws / len(first)
-    assert ((first - expected) ** 2 / expected).sum() < 29.6  # 99.9 % quantile at 10 degrees of freedom
+def test_every_row_is_equally_likely():
+    """In each place of a window, whatever row of an episode it is and in whatever episode and env (chi-square).
+
+    Episodes of one row, shorter and longer than a window, a half overwritten one, running ones, an env without rows.
+    """
+    buffer, length, draws = filled([[20, 7, 1, 4, 3], [9], [], [2]], capacity=4 * 28, seed=1), 6, 40_000
+    batch = tags(buffer.sample(draws, length))
+    rows = [*range(7, 35), *range(35, 46)]  # the first 7 are overwritten
+    for place in batch:
+        counts = place.bincount()
+        assert counts.nonzero().flatten().tolist() == rows
+        expected = draws / len(rows)
+        assert ((counts[rows] - expected) ** 2 / expected).sum() < 70.7  # 99.9 % quantile at 38 degrees of freedom
+
+
+@pytest.mark.parametrize("episode_rows", [3, 8, 40, 400])
+def test_first_middle_and_last_rows_have_their_shares(episode_rows):
+    """A batch has those of the replay, whether episodes are shorter or longer than a window."""
+    buffer = ReplayBuffer(3000, 2, IMAGE_SHAPE, 2, seed=0)
+    for tag in range(4000):
+        i = tag // 2 % episode_rows
+        kind = 1 if i == 0 else 3 if i == episode_rows - 1 else 2
+        buffer.add(transition(kind, is_first=i == 0, is_terminal=kind == 3), tag % 2)
+    held = buffer.reward.long().bincount() / len(buffer)
+    batches = [buffer.sample(16, 25) for _ in range(1000)]
+    kinds = torch.cat([tags(batch) for batch in batches], 1)
+    drawn = kinds.flatten().bincount() / kinds.numel()
+    deviation = (held * (1 - held) / 16_000).sqrt()  # as if all rows of a window were alike
+    assert ((drawn - held).abs() <= 4 * deviation).all(), (drawn, held)
+    assert torch.equal(torch.cat([batch.is_terminal for batch in batches], 1), kinds == 3)
+    assert all(batch.is_first[tags(batch) == 1].all() and batch.is_first[0].all() for batch in batches)
+
+
+class ShortEpisodes(FakeEnv):
+    """Two thirds of the episodes are solved and ended by the task after a few steps."""
+
+    def step(self, action):
+        image, reward, _, truncated, info = super().step(action)
+        ends = self.steps == 3 and self.np_random.uniform() < 2 / 3
+        return image, 7.0 if ends else reward, ends, truncated, {"success": ends}
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_a_run_trains_on_the_ends_of_short_episodes(num_envs, tmp_path, monkeypatch):
+    """500 batches hold terminal and rewarded rows in their share, where no episode is as long as a sequence."""
+    without_videos(monkeypatch)
+    made = []
+    monkeypatch.setattr(run, "make_replay", lambda *args: made.append(make_replay(*args)) or made[-1])
+    flags = f"--num_envs {num_envs} --steps 360 --capacity 240 --batch_length 30 --train_every 50 --eval_every 1000"
+    assert train(tmp_path / "run", f"{flags} --eval_episodes 1 --replay_focus 0", ShortEpisodes) == 0
+    replay = made[0]
+    assert max(episode.length for episodes in replay.episodes for episode in episodes) < 30
+    batches = [replay.sample(4, 30) for _ in range(500)]
+    rows = np.concatenate([replay._index(env, x.start, x.length) for env, e in enumerate(replay.episodes) for x in e])
+    for name, is_end in (("is_terminal", lambda x: x), ("reward", lambda x: x == 7)):
+        share = is_end(getattr(replay, name)[rows]).float().mean()
+        drawn = torch.stack([is_end(getattr(batch, name)).float().mean() for batch in batches]).mean()
+        assert share > 0.05 and abs(drawn / share - 1) < 0.05, (name, share, drawn)
+
+
+def test_a_replay_of_short_episodes_is_prefilled_when_it_is_full(tmp_path, monkeypatch):
+    """Where so many rows are resets that it never holds `prefill` steps, a run learns all the same."""
+    without_videos(monkeypatch)
+    flags = "--capacity 60 --prefill 55 --steps 200 --eval_every 1000 --eval_episodes 1"
+    assert train(tmp_path / "run", flags, ShortEpisodes) == 0
+    assert newest_state(tmp_path / "run")["agent"]["updates"] > 10
+
+
+def work(function: Callable[[], object]) -> int:
+    """The bytecodes that a call executes in Python, in all functions."""
+    count = 0
+
+    def trace(frame, event, _):
+        nonlocal count
+        frame.f_trace_opcodes = True
+        count += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    gc.disable()  # what it calls is not the function's work
+    sys.settrace(trace)
+    try:
+        function()
+    finally:
+        sys.settrace(before)
+        gc.enable()
+    return count
+
+
+@pytest.mark.parametrize("focus", [0.0, 0.5])
+def test_python_work_does_not_grow_with_the_episodes(focus):
+    """Sampling, adding a row and finishing an episode take as many bytecodes at 5,000 episodes as at 50."""
+    figures = []
+    for episodes in (50, 5000):
+        buffer = ReplayBuffer(2 * episodes, 2, (1, 1, 1), 1, seed=0, focus=focus)
+        row = Transition(np.zeros((1, 1, 1), np.uint8), np.zeros(1), 0.0, True, False)
+        for number in range(episodes + 10):  # the oldest are overwritten
+            for is_first in (True, False):
+                buffer.add(row._replace(is_first=is_first, reward=number % 7), number % 2)
+            buffer.finish(number % 2, number)
+        assert sum(map(len, buffer.episodes)) == buffer.finished.shape[1] == episodes and buffer.full
+        figures.append([work(call) for call in calls(buffer, row)])
+    assert figures[0] == figures[1] and min(figures[0]) > 50, figures
+
+
+def calls(buffer: ReplayBuffer, row: Transition) -> list[Callable[[], object]]:
+    """What a run does in an episode."""
+    sample = lambda: buffer.sample(16, 25)  # noqa: E731
+    return [sample, sample, lambda: buffer.add(row), sample, lambda: buffer.finish(0, 10**6), sample]
+
+
+def test_the_counter_of_work_notices_a_loop():
+    """A comprehension over what grows is seen: the test above can fail."""
+    assert work(lambda: [x + 1 for x in range(1000)]) > work(lambda: [x + 1 for x in range(10)]) + 1000
+
+
+def test_sampling_reads_no_number_from_the_device():
+    """On a device without numbers it works too, so it can't wait for any."""
+    buffer = ReplayBuffer(40, 2, IMAGE_SHAPE, 2, seed=0, focus=0.5, device="meta")
+    for tag in range(30):
+        buffer.add(transition(tag, is_first=tag % 10 < 2), tag % 2)
+    batch = buffer.sample(8, 5)
+    assert batch.image.shape == (5, 8, *IMAGE_SHAPE) and all(x.device.type == "meta" for x in batch)
+
+
+def test_a_gpu_fetches_from_pinned_memory(monkeypatch):
+    """So that the host need not wait until earlier work on the GPU is done."""
+    batch, asked = filled([[9]]).sample(2, 3), []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: asked.append("pinned") or x)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *args, **kwargs: asked.append((args, kwargs)) or x)
+    batch.to("cuda")
+    assert asked == ["pinned", (("cuda",), {"non_blocking": True})] * len(batch)
 
 
 @pytest.mark.parametrize("running", [False, True])
@@ -184,10 +366,23 @@ def test_a_ring_starts_with_an_episodes_start():
 
 
 def test_sampling_too_early_is_a_clear_error():
-    """While no episode has as many rows as a window, sampling says so and names the number."""
-    for buffer in (filled([[]]), filled([[4, 4], [3]])):
-        with pytest.raises(ValueError, match="no episode in replay has 5 rows"):
-            buffer.sample(2, 5)
+    """While there is no row, sampling says so; from the first row on it works."""
+    with pytest.raises(ValueError, match="the replay holds no row yet"):
+        filled([[], []]).sample(2, 5)
+    assert tags(filled([[], [1]]).sample(2, 5)).tolist() == [[0, 0]] * 5
+
+
+def test_an_episode_that_has_just_begun_does_not_fill_a_batch():
+    """While running episodes have few rows, the newest that are finished are drawn from with them."""
+    buffer = ReplayBuffer(1000, 2, IMAGE_SHAPE, 2, seed=0, focus=1.0)
+    for number in range(8):
+        for i in range(20):
+            buffer.add(transition(number, is_first=i == 0), number % 2)
+        buffer.finish(number % 2, number)
+    for env in range(2):
+        buffer.add(transition(8 + env, is_first=True), env)
+    newest = Counter(tags(buffer.sample(4000, 10))[:, :2000].flatten().tolist())
+    assert newest.keys() == {7, 8, 9} and newest[7] > 0.85 * newest.total()
 
 
 def test_batch_moves_as_a_whole():

@@ -279,7 +279,7 @@ def test_a_worker_that_ended_with_the_whole_run_is_no_fault():
 
 def schedule(num_envs: int, rounds: int, **changes) -> tuple[UpdateRatio, list[int]]:
     """Updates after each round of agent steps, without resets."""
-    replay = SimpleNamespace(steps=0)
+    replay = SimpleNamespace(steps=0, full=False)
     ratio = UpdateRatio(tiny_config(num_envs=num_envs, **changes), replay)
     return ratio, [go_on(ratio) for _ in range(rounds)]
 
@@ -308,7 +308,7 @@ def test_the_ratio_is_exact(num_envs, train_every):
 def test_the_ratio_goes_on_after_a_resume():
     """Steps that no update was made for are not forgotten; the pretraining is not repeated."""
     ratio, _ = schedule(2, 12, prefill=10, pretrain=10, train_every=7.3)
-    again = UpdateRatio(ratio.config, SimpleNamespace(steps=ratio.replay.steps))
+    again = UpdateRatio(ratio.config, SimpleNamespace(steps=ratio.replay.steps, full=False))
     assert again.load_state_dict(ratio.state_dict()) is None and again.state_dict() == ratio.state_dict()
     assert [go_on(again) for _ in range(50)] == [go_on(ratio) for _ in range(50)]
 

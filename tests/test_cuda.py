@@ -3,6 +3,7 @@
 import unittest
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from buffer import ReplayBuffer, Transition
@@ -62,6 +63,23 @@ class TestCUDA(unittest.TestCase):
         agent, metrics = train(self.configs[0], autocast_dtype=torch.bfloat16)
         self.assertTrue(all(torch.isfinite(value) for value in metrics[-1].values()))
         self.assertEqual(sum(float(optimizer.skipped) for optimizer in agent.optimizers), 0)
+
+    def test_adding_and_sampling_do_not_wait(self):
+        """While the GPU is busy, rows are added and a batch is on its way to it, wherever the rows lie."""
+        row = Transition(np.zeros((3, 64, 64), np.uint8), np.zeros(ACTION_SIZE), 0.0, True, False)
+        for device in ("cpu", "cuda"):
+            with self.subTest(device=device):
+                replay = ReplayBuffer(100, 1, (3, 64, 64), ACTION_SIZE, seed=0, focus=0.5, device=device)
+                for busy in (False, True):  # the first time, memory is allocated
+                    torch.cuda.synchronize()
+                    if busy:
+                        torch.cuda._sleep(4_000_000_000)  # cycles: about two seconds
+                    done = torch.cuda.Event()
+                    done.record()
+                    replay.add(row)
+                    replay.sample(5, 3).to("cuda")
+                    if busy:
+                        self.assertFalse(done.query())
 
     def test_replay_on_the_gpu_hands_out_what_the_cpu_does(self):
         """Equal rows and seeds give equal batches wherever the rows lie."""

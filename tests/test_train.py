@@ -808,7 +808,6 @@ def test_presets_are_valid(preset):
         ("actor_grad", "none"),
         ("grad_heads", ("decoder", "rewards")),
         ("kl_free", -1.0),
-        ("batch_length", 502),
         ("capacity", 10),
         ("steps", 10),
     ],
