@@ -77,7 +77,7 @@ def train(config: Config, given: dict[str, Any], make_env: MakeEnv) -> None:
         stop = stack.enter_context(parts.stop)
         try:
             loop(parts)
-        except Exception as error:  # what is held is sound, whatever has happened since
+        except Exception as error:  # the held state is older than the error, so it is safe to write
             parts.checkpointer.save(env_failed=isinstance(error, EnvFailure))
             if isinstance(error, Stopped):
                 saved = parts.checkpointer.saved_step

@@ -2,7 +2,7 @@
 
 One update (`Dreamer.train_step`) on a batch of replayed sequences:
   1. the world model takes a step on image, reward, discount and KL losses (equation 2);
-  2. from every posterior state the improved model imagines H steps under the actor;
+  2. from posterior states the improved model imagines H steps under the actor;
   3. actor and critic take a step on lambda-returns of the imagined rewards (equations 4 - 6);
   4. now and then the target value network copies the critic.
 
@@ -76,20 +76,20 @@ class Config:
     episode_steps: Env[Count] = 200  # control steps in a training episode
     reward_shaping: Env[bool] = True  # give a dense reward in [0, 1]; if false, reward only success
     physics_step: Env[Positive] = 0.002  # seconds in a physics step: 0.002 is RoboSuite's own, 0.005 costs half as much
-    num_envs: Count = 1  # number of training environments; more than one run in worker processes
+    num_envs: Count = 1  # number of training environments; if above 1, each has a worker process of its own
 
     # run
     preset: Literal["auto", "standard", "cpu", "debug", "paper"] = "auto"  # auto: standard on a GPU, cpu without one
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0  # seed of every random draw
     steps: Count = 500_000  # control steps in the whole run, random ones at the start included
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of cuda, mps and cpu that is available
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # matrix products; auto: bfloat16 if the hardware has it
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 if hardware has it
     run_dir: str = ""  # run folder; empty: runs/{task}_{preset}_{seed}
-    cuda_graphs: bool = True  # launch each half of an update as one CUDA graph (CUDA only)
+    cuda_graphs: bool = True  # replay updates as CUDA graphs, which is faster on an NVIDIA GPU
     checkpoint_minutes: Weight = 10  # a checkpoint is saved at the first episode end after this many minutes
     save_replay: bool = True  # keep finished episodes on disk; if false, a resumed run fills its replay anew
-    log_every: Count = 500  # control steps between two lines of training metrics
-    eval_every: Count = 20_000  # control steps between two evaluations
+    log_every: Count = 500  # control steps, at least, between two lines of training metrics
+    eval_every: Count = 20_000  # control steps, at least, between two evaluations
     eval_steps: Whole = 500  # control steps in an evaluation episode; 0: as many as in a training episode
     eval_action: Literal["mean", "mode"] = "mean"  # action of an evaluation: mean or mode of the policy's distribution
     eval_episodes: Count = 10  # episodes in an evaluation; the last one of a run has twice as many
@@ -101,7 +101,7 @@ class Config:
     prefill: Count = 5_000  # agent steps of random actions before the first update
     pretrain: Whole = 100  # updates made at once after the prefill
     train_every: Positive = 5  # agent steps between two updates; may be a fraction
-    replay_focus: Share = 0.5  # share of a batch drawn from the newest and the best tenth of episodes, half from each
+    replay_focus: Share = 0.5  # share of a batch from the newest and the highest-return tenth of episodes, half each
     gripper_hold: Share = 0.3  # share of training episodes in which random gripper commands are held now and then
     batch_size: Count = 16  # sequences in a batch
     batch_length: Count = 50  # agent steps in a sequence
@@ -109,7 +109,7 @@ class Config:
     # world model
     cnn_depth: Size = 48  # channels of the encoder's first convolution; each later one has twice as many
     deter: Size = 200  # size of the GRU state
-    hidden: Size = 200  # units of the layers before and after the GRU
+    hidden: Size = 200  # units of the layers that lead into the GRU and to the prior and the posterior
     stoch: Size = 32  # number of stochastic latent variables
     classes: Fixed[Whole] = 32  # classes of each latent variable; 0: Gaussian latent variables
     reward_layers: Fixed[Whole] = 4  # hidden layers of the reward head
@@ -133,7 +133,7 @@ class Config:
 
     # behavior
     horizon: Annotated[int, Range(2)] = 15  # agent steps in an imagined rollout
-    imagine_starts: Whole = 0  # states of a batch, drawn at random, from which rollouts start; 0: all of them
+    imagine_starts: Whole = 0  # number of a batch's states, drawn at random, from which rollouts start; 0: all
     discount: Share = 0.98  # discount factor of one agent step
     return_lambda: Share = 0.95  # lambda of the lambda-return
     actor_layers: Fixed[Whole] = 4  # hidden layers of the actor
@@ -141,23 +141,23 @@ class Config:
     actor_dist: Fixed[Literal["trunc_normal", "tanh_normal"]] = "trunc_normal"  # distribution of the actions
     trunc_normal_gradient: Literal["straight_through", "exact"] = "straight_through"  # gradient of trunc_normal samples
     actor_grad: Literal["dynamics", "reinforce", "both"] = "dynamics"  # how the actor's gradient is estimated
-    actor_grad_mix: Share = 0.1  # share of the dynamics gradient if actor_grad is both
+    actor_grad_mix: Share = 0.1  # weight of the dynamics gradient if actor_grad is both; the rest is reinforce
     actor_entropy: Weight = 0.05  # weight of the entropy bonus in the first update
-    actor_entropy_final: Weight = 0.003  # final weight of the entropy bonus, which falls to it exponentially
-    entropy_updates: Whole = 10_000  # updates in which the entropy weight falls; 0: it stays at actor_entropy
+    actor_entropy_final: Weight = 0.003  # value to which the weight of the entropy bonus decays exponentially
+    entropy_updates: Whole = 10_000  # updates over which the entropy weight decays; 0: it stays at actor_entropy
     actor_lr: Positive = 8e-5  # learning rate of the actor
     actor_eps: Positive = 1e-5  # epsilon of the actor's Adam optimizer
     actor_clip: Positive = 100.0  # largest global norm of the actor's gradient
     actor_decay: Share = 1e-6  # each update multiplies the actor's parameters by 1 minus this number
-    return_norm: bool = True  # divide the actor's returns by their running 5 - 95 % range, if that is above 1
+    return_norm: bool = True  # divide the actor's returns by the running width of their 5 - 95 % range, if above 1
     value_layers: Fixed[Whole] = 4  # hidden layers of the critic
     value_units: Size = 400  # units of each hidden layer of the critic
     value_lr: Positive = 8e-5  # learning rate of the critic
     value_eps: Positive = 1e-5  # epsilon of the critic's Adam optimizer
     value_clip: Positive = 100.0  # largest global norm of the critic's gradient
     value_decay: Share = 1e-6  # each update multiplies the critic's parameters by 1 minus this number
-    target_every: Count = 100  # updates between two moves of the target critic
-    target_fraction: PositiveShare = 1.0  # how far each move takes the target critic towards the critic; 1 copies it
+    target_every: Count = 100  # updates between two updates of the target critic
+    target_fraction: PositiveShare = 1.0  # how far each of them takes the target critic to the critic; 1 copies it
 
 
 # What each preset replaces in the block above.
@@ -226,7 +226,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "value_layers": 2,
         "value_units": 64,
     },
-    # The author's dmc_vision numbers; only the sampling and the capacity of the replay and the precision are ours.
+    # The author's dmc_vision numbers; docs/departures.md lists what is still ours.
     "paper": {
         "rotation_scale": 1.0,
         "cameras": ("agentview",),

@@ -119,12 +119,20 @@ def _nearest(flag: str) -> str | None:
 
 
 def _check_given_with_eval(given: dict[str, Any]) -> None:
-    """Refuse flags that an evaluation would ignore, or that do not fit the weights (UserError)."""
+    """Refuse flags that an evaluation would ignore (UserError)."""
     env, fixed = marked("env"), marked("fixed")
     free = {*env, "device", "eval_episodes", "eval_steps", "eval_action"} - {*fixed, "episode_steps"}
     for name, value in given.items():
-        if name not in free:
+        if name not in free and name not in fixed:
             raise UserError(f"{name} {_text(value)} can't be chosen with --eval; valid: {', '.join(sorted(free))}")
+
+
+def check_fits_policy(given: dict[str, Any], config: Config) -> None:
+    """Refuse flags that do not fit a policy's weights (UserError). Those that say what it is anyway do."""
+    for name, value in given.items():
+        if name in marked("fixed") and value != getattr(config, name):
+            made = _text(getattr(config, name))
+            raise UserError(f"{name} {_text(value)} can't be chosen with --eval: the policy was trained with {made}")
 
 
 # ---------------------------------------------------------------------------------------------- fields

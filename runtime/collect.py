@@ -202,7 +202,7 @@ class Collector:
         self.resets = terminated | truncated
 
     def finish_episodes(self) -> list[dict[str, float]]:
-        """Figures of the episodes that have just ended. Failure if too many of the last ones ended through a fault."""
+        """Figures of the episodes that have just ended."""
         ended = []
         for i in np.flatnonzero(self.resets):
             self.replay.finish(i, self.episode)

@@ -17,7 +17,7 @@ import fast
 from buffer import Batch
 from networks import Draws
 from runtime.checkpoint import load_policy, policy_file, write_file
-from runtime.cli import check_config, env_options
+from runtime.cli import check_config, check_fits_policy, env_options
 from runtime.collect import EpisodeStats
 from runtime.console import Failure, ProgressBar, StopSignals, UserError, say, warn
 from runtime.device import pick_device
@@ -547,6 +547,7 @@ def evaluate_policy(path: Path, given: dict[str, Any], make_env: MakeEnv) -> Non
     """
     file = _find_policy(path)
     policy, config = load_policy(file)
+    check_fits_policy(given, config)
     config = dataclasses.replace(config, **{"eval_episodes": EVAL_EPISODES, **given})
     check_config(config)
     policy.eval_action = config.eval_action

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -92,6 +93,8 @@ def policy_frame(render: np.ndarray, image: np.ndarray) -> np.ndarray:
 
     The agent's cameras are enlarged to at most half of the large frame's height and fill columns from the top.
     """
+    enlarged = math.ceil(image.shape[-1] / render.shape[0])  # a small frame is drawn as high as the cameras at least
+    render = render.repeat(enlarged, 0).repeat(enlarged, 1)
     height = render.shape[0]
     cameras = [np.moveaxis(x, 0, -1) for x in np.split(image, len(image) // 3)]
     zoom = max(1, height // 2 // cameras[0].shape[0])

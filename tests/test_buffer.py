@@ -184,9 +184,11 @@ def test_first_middle_and_last_rows_have_their_shares(episode_rows):
 class ShortEpisodes(FakeEnv):
     """Two thirds of the episodes are solved and ended by the task after a few steps."""
 
+    share = 2 / 3
+
     def step(self, action):
         image, reward, _, truncated, info = super().step(action)
-        ends = self.steps == 3 and self.np_random.uniform() < 2 / 3
+        ends = self.steps == 3 and self.np_random.uniform() < self.share
         return image, 7.0 if ends else reward, ends, truncated, {"success": ends}
 
 
@@ -211,6 +213,7 @@ def test_a_run_trains_on_the_ends_of_short_episodes(num_envs, tmp_path, monkeypa
 def test_a_replay_of_short_episodes_is_prefilled_when_it_is_full(tmp_path, monkeypatch):
     """Where so many rows are resets that it never holds `prefill` steps, a run learns all the same."""
     without_videos(monkeypatch)
+    monkeypatch.setattr(ShortEpisodes, "share", 1)  # a quarter of the rows are resets
     flags = "--capacity 60 --prefill 55 --steps 200 --eval_every 1000 --eval_episodes 1"
     assert train(tmp_path / "run", flags, ShortEpisodes) == 0
     assert newest_state(tmp_path / "run")["agent"]["updates"] > 10

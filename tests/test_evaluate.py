@@ -587,12 +587,24 @@ def test_eval_takes_the_mean_or_the_mode(tmp_path, capsys):
     assert printed[0] == printed[1] != printed[2]
 
 
-@pytest.mark.parametrize("flag", ["--seed 3", "--precision float32", "--deter 8"])
+@pytest.mark.parametrize("flag", ["--seed 3", "--precision float32", "--episode_steps 8"])
 def test_eval_refuses_what_it_would_ignore(flag, tmp_path, capsys):
     """Only the task's settings, the device and the number of episodes can be chosen."""
     (tmp_path / "policy.pt").write_bytes(b"")
     assert run.main(["--eval", str(tmp_path), *flag.split()], FakeEnv) == 2
     assert "can't be chosen with --eval; valid: control_freq, " in capsys.readouterr().err
+
+
+def test_eval_takes_what_the_policy_is_anyway_and_refuses_other_shapes(tmp_path, capsys):
+    """So that a script which names its own task can evaluate it too."""
+    config = tiny_config(episode_steps=8, batch_length=4)
+    file = tmp_path / "policy.pt"
+    file.write_bytes(checkpoint.policy_file(tiny_dreamer(config).policy, config))
+    make_env = functools.partial(FakeEnv, action_size=ACTION_SIZE)
+    flags = ["--eval", str(file), "--eval_episodes", "1"]
+    assert run.main([*flags, "--task", config.task], make_env) == 0
+    assert run.main([*flags, "--deter", "8"], make_env) == 2
+    assert "deter 8 can't be chosen with --eval: the policy was trained with 16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"l.", b"\x80\x02]q\x00.", b"tensor"])

@@ -115,3 +115,10 @@ def test_text_is_left_out_without_pillow(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     strip = video.text_strip(64, [(0, "step", video.WHITE)])
     assert strip.shape == (32, 64, 3) and not strip.any()
+
+
+@pytest.mark.parametrize("height", [16, 48, 64, 100])
+def test_a_frame_of_any_size_stands_beside_the_cameras(height):
+    """Also one that is smaller than what the agent sees."""
+    picture = video.policy_frame(np.full((height, height, 3), 7, np.uint8), np.full((6, 64, 64), 9, np.uint8))
+    assert picture.shape[0] >= 64 and (picture[:height, :height] == 7).all() and (picture[0, -1] == 9).all()
