@@ -2,8 +2,8 @@
 
     python results/add.py runs/Lift_cpu_3 --cores 2 --hardware "AMD EPYC, no GPU" --note "nothing else ran beside it"
 
-A run of a preset as it is goes into lift.csv (or the csv of its task) and runs.csv. A run with other constants needs a
-`--name` that tells it apart, and goes into experiments/curves.csv and experiments/runs.csv. Adding a run again
+A run of a preset as it is goes into lift.csv (or the csv of its task) and runs.csv. A run with other constants or other
+code needs a `--name` that tells it apart, and goes into experiments/curves.csv and experiments/runs.csv. Adding a run again
 replaces what the tables have of it, for instance once it has gone on.
 """
 
@@ -142,7 +142,7 @@ def add(run_dir: Path, name: str, **columns: str) -> str:
     """
     config = read_config(run_dir)
     changed = overrides(config)
-    is_claim = not changed.keys() - STILL_THE_PRESET
+    is_claim = not name and not changed.keys() - STILL_THE_PRESET
     if not is_claim and not name:
         raise ValueError(f"{run_dir} has constants of its own ({flags(changed)}): give it a --name")
     name = name or f"{config.task.lower()}-{config.preset}-seed{config.seed}"
