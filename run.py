@@ -151,14 +151,24 @@ def loop(p: Parts) -> None:
     p.bar.show("train" if p.agent.updates and p.ratio.prefilled else "prefill")
     p.meter.start(collector.step)
     while collector.step < config.steps:
-        # collect one agent step in each environment, and learn: in between, while workers step and a GPU is free
+        # collect one agent step in each environment
         collector.act()
-        if overlap:
-            learn(p)
-        collector.observe()
-        p.bar.move(collector.step)
         if not overlap:
-            learn(p)
+            collector.observe()
+        p.bar.move(collector.step)
+
+        # learn; beside a GPU, workers step meanwhile
+        updates = p.ratio.due()
+        p.bar.show_learning(updates)
+        for _ in range(updates):
+            with p.watch("update"):
+                batch = p.replay.sample(config.batch_size, config.batch_length).to(p.agent.device)
+                if p.meter.is_new:
+                    check_gradients(p.agent, batch)
+                p.meter.add(p.agent.train_step(batch))
+            p.stop.check()
+        if overlap:
+            collector.observe()
         p.stop.check()
 
         # look and save, where an episode has ended
@@ -175,22 +185,6 @@ def loop(p: Parts) -> None:
 def overlaps(num_envs: int, device: torch.device) -> bool:
     """Whether workers step while the agent learns: beside a GPU they do. On a CPU, both want its cores."""
     return num_envs > 1 and device.type == "cuda"
-
-
-def learn(p: Parts) -> None:
-    """Make the updates that are due."""
-    updates = p.ratio.due()
-    if updates and p.bar.phase == "prefill":
-        p.bar.show("pretrain", f"{updates} updates")
-    with p.watch("update"):
-        for _ in range(updates):
-            batch = p.replay.sample(p.config.batch_size, p.config.batch_length).to(p.agent.device)
-            if p.agent.device.type == "mps" and p.meter.is_new:
-                check_gradients(p.agent, batch)
-            p.meter.add(p.agent.train_step(batch))
-            p.stop.check()
-    if updates:
-        p.bar.show("train")
 
 
 def look(p: Parts) -> None:

@@ -3,8 +3,8 @@
     python results/add.py runs/Lift_cpu_3 --cores 2 --hardware "AMD EPYC, no GPU" --note "nothing else ran beside it"
 
 A run of a preset as it is goes into lift.csv (or the csv of its task) and runs.csv. A run with other constants or other
-code needs a `--name` that tells it apart, and goes into experiments/curves.csv and experiments/runs.csv. Adding a run again
-replaces what the tables have of it, for instance once it has gone on.
+code needs a `--name` that tells it apart, and goes into experiments/curves.csv and experiments/runs.csv. Adding a run
+again replaces what the tables have of it, for instance once it has gone on.
 """
 
 import argparse

@@ -179,6 +179,12 @@ class ProgressBar:
         self.bar.set_description_str(phase, refresh=False)
         self.bar.set_postfix_str(note or self.episodes)
 
+    def show_learning(self, updates: int) -> None:
+        """So many updates follow: after the prefill, many at once."""
+        if updates:
+            first = self.phase == "prefill"
+            self.show("pretrain" if first else "train", f"{updates} updates" if first else "")
+
     def show_episodes(self, text: str) -> None:
         """What the last episodes gave, where nothing else is to be told."""
         self.episodes = text
