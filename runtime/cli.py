@@ -315,6 +315,3 @@ def _text(value: Any) -> str:
     if isinstance(value, tuple | list):
         return " ".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-__all__ = ["Command", "check_config", "env_options", "farewell", "parse", "preflight", "run_dir"]

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium.vector import AsyncVectorEnv
-from torch import Tensor
 
 from buffer import ReplayBuffer, Transition
 from runtime.console import StopSignals, warn
@@ -262,10 +261,9 @@ class Collector:
         wanted, state = self.agent.act(images, self.act_state, first)
         self.action = self.gripper_hold(wanted.float().cpu().numpy(), is_random=False)
         # Store the executed action, so that the policy's state matches the replay.
-        self.act_state = state._replace(action=self._tensor(self.action))
-
-    def _tensor(self, action: np.ndarray) -> Tensor:
-        return torch.as_tensor(action, dtype=torch.float32, device=self.agent.device)
+        self.act_state = state._replace(
+            action=torch.as_tensor(self.action, dtype=torch.float32, device=self.agent.device)
+        )
 
     def _tell_faults(self, info: dict[str, Any]) -> np.ndarray:
         """Say which environments were built anew; (num_envs,) bool."""
