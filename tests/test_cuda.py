@@ -1,5 +1,6 @@
 """What only an NVIDIA GPU can show; without pytest: PYTHONPATH=.:tests python -m unittest tests/test_cuda.py"""
 
+import contextlib
 import unittest
 from dataclasses import replace
 
@@ -7,8 +8,14 @@ import numpy as np
 import torch
 
 from buffer import ReplayBuffer, Transition
+from fake_env import FakeEnv
 from fast import speed_up
-from runtime.device import compare_with_cpu
+from runtime.cli import env_options
+from runtime.collect import Collector
+from runtime.console import StopSignals
+from runtime.device import compare_with_cpu, make_replay
+from runtime.envs import check_spaces, close_envs, make_envs
+from runtime.logger import Stopwatch
 from tiny import ACTION_SIZE, random_batch, tiny_config, tiny_dreamer
 from train import Config, Dreamer
 
@@ -78,6 +85,31 @@ class TestCUDA(unittest.TestCase):
                     done.record()
                     replay.add(row)
                     replay.sample(5, 3).to("cuda")
+                    if busy:
+                        self.assertFalse(done.query())
+
+    def test_only_the_choice_of_an_action_waits(self):
+        """While the GPU is busy, two rounds' rows are taken in, batches are drawn and updates are queued."""
+        for overlay in (True, False):
+            with self.subTest(overlay=overlay), contextlib.ExitStack() as stack:
+                config = tiny_config(num_envs=2, episode_steps=20, cuda_graphs=overlay)
+                envs = make_envs(env_options(config), config.num_envs, config.seed, FakeEnv)
+                stack.callback(close_envs, envs)
+                image_shape, action_size = check_spaces(envs, config.task, len(config.cameras), config.image_size)
+                agent = Dreamer(config, image_shape, action_size, "cuda")
+                speed_up(agent)
+                replay = make_replay(config, image_shape, action_size, agent.device)
+                collector = Collector(config, envs, agent, replay, Stopwatch(), StopSignals())
+                for round_ in range(16):
+                    collector.act()  # the one wait: the environments need the action itself
+                    busy = round_ >= 10  # before that, memory is allocated and graphs are captured
+                    if busy:
+                        torch.cuda._sleep(1_000_000_000)  # cycles: about half a second
+                    done = torch.cuda.Event()
+                    done.record()
+                    agent.train_step(replay.sample(config.batch_size, config.batch_length).to(agent.device))
+                    collector.observe()
+                    collector.finish_episodes()
                     if busy:
                         self.assertFalse(done.query())
 
