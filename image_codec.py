@@ -1,7 +1,7 @@
 """Convolutional encoder and decoder of the world model (DreamerV2, appendix, after Ha & Schmidhuber).
 
-Both build themselves for square images of 64 px (the author's layers) or 128 px (one layer more) with any number of
-channels. Inside, convolutions run in the channels-last memory format, in which CPUs and GPUs are fastest.
+Both build themselves for square images of 64 px (the author's layers), 32 px (one layer less) or 128 px (one more) with
+any number of channels. Inside, convolutions run in the channels-last memory format, in which CPUs and GPUs are fastest.
 Shapes: the legend is in train.py. Images are in [-0.5, 0.5].
 """
 
@@ -11,8 +11,12 @@ from torch.nn import functional as F
 
 from networks import UnitNormal, init_weights
 
-ENCODER_KERNELS = {64: (4, 4, 4, 4), 128: (4, 4, 4, 4, 4)}
-DECODER_KERNELS = {64: (5, 5, 6, 6), 128: (5, 5, 5, 6, 6)}  # sides 1-5-13-30-64 and 1-5-13-29-62-128
+ENCODER_KERNELS = {32: (4, 4, 4), 64: (4, 4, 4, 4), 128: (4, 4, 4, 4, 4)}
+DECODER_KERNELS = {
+    32: (5, 6, 6),
+    64: (5, 5, 6, 6),
+    128: (5, 5, 5, 6, 6),
+}  # sides 1-5-14-32, 1-5-13-30-64, 1-5-13-29-62-128
 IMAGE_SIZES = tuple(ENCODER_KERNELS)
 
 
@@ -35,7 +39,7 @@ class Encoder(nn.Module):
         self.conv = nn.ModuleList(
             nn.Conv2d(a, b, k, stride=2) for a, b, k in zip(widths[:-1], widths[1:], ENCODER_KERNELS[size], strict=True)
         )
-        self.embed_size = widths[-1] * 2 * 2  # the last map is 2 x 2 for both sizes
+        self.embed_size = widths[-1] * 2 * 2  # the last map is 2 x 2 for all sizes
         self.apply(init_weights)
         nn.utils.convert_conv2d_weight_memory_format(self, torch.channels_last)
 
@@ -57,7 +61,7 @@ class Decoder(nn.Module):
         check_image(size, channels)
         self.shape = (channels, size, size)
         kernels = DECODER_KERNELS[size]
-        start = 32 * depth * (size // 64)
+        start = 32 * depth * max(size // 64, 1)
         widths = [start] + [depth * 2**i for i in reversed(range(len(kernels) - 1))] + [channels]
         self.dense = nn.Linear(feat_size, start)
         self.conv = nn.ModuleList(

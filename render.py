@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import ctypes
 import importlib
+import math
 import os
 import re
 import sys
@@ -24,6 +25,7 @@ import numpy as np
 # hardly pixels. Lift, agentview and robot0_eye_in_hand, 64 x 64: 100 ms in RoboSuite's look, 11 ms in this.
 AGENT_MSAA_SAMPLES = 0  # RoboSuite has 4. This saves 62 of 100 ms and moves a pixel by 2 of 255 on average.
 AGENT_REFLECTIONS = False  # They draw the scene twice: 38 -> 17 ms. A pixel moves by 0.3 in Lift and by 3 in Door.
+AGENT_DRAWN_SIZE = 64  # Smaller pictures are averages of drawn ones at least this large: pixels cost next to nothing.
 SKIP_UNSEEN_GEOMS = True  # Half of the arm is usually out of the camera's view: 17 -> 11 ms. No pixel changes.
 # Hiding the pedestal, a fifth of the faces, would save 4 ms more, but agentview's distance from RoboSuite's
 # own picture would grow from 2 to 7 of 255.
@@ -102,7 +104,7 @@ class Renderer:
     def __init__(self, mujoco: Any, model: Any, data: Any, camera_ids: Sequence[int], image_size: int) -> None:
         self._mujoco, self._model, self._data = mujoco, model, data
         self._camera_ids, self._image_size = tuple(camera_ids), image_size
-        largest = max(image_size, OVERVIEW_SIZE * OVERVIEW_SUPERSAMPLING)
+        largest = max(image_size, AGENT_DRAWN_SIZE, OVERVIEW_SIZE * OVERVIEW_SUPERSAMPLING)
         casts_shadows = bool(model.light_castshadow.any())
         model.vis.quality.offsamples = AGENT_MSAA_SAMPLES
         model.vis.global_.offwidth = model.vis.global_.offheight = largest
@@ -137,9 +139,7 @@ class Renderer:
         """The scene for people: uint8 (OVERVIEW_SIZE, OVERVIEW_SIZE, 3)."""
         self._gl.make_current()
         self._scene.flags[self._mujoco.mjtRndFlag.mjRND_REFLECTION] = True
-        size, n = OVERVIEW_SIZE, OVERVIEW_SUPERSAMPLING
-        large = self._picture(self._overview_camera, size * n)
-        return large.reshape(size, n, size, n, 3).mean(axis=(1, 3)).round().astype(np.uint8)
+        return self._picture(self._overview_camera, OVERVIEW_SIZE, OVERVIEW_SUPERSAMPLING)
 
     def close(self) -> None:
         """Frees the OpenGL context; may be called again."""
@@ -149,16 +149,26 @@ class Renderer:
     def _agent_picture(self, camera_id: int) -> np.ndarray:
         self._agent_camera.fixedcamid = camera_id
         if not self._skip_unseen:
-            return self._picture(self._agent_camera, self._image_size)
+            return self._agent_pixels()
         groups = self._model.geom_group.copy()
         self._mujoco.mjv_updateCamera(self._model, self._data, self._agent_camera, self._scene)
         self._model.geom_group[self._unseen_geoms()] = HIDDEN_GEOMS
-        picture = self._picture(self._agent_camera, self._image_size)
+        picture = self._agent_pixels()
         self._model.geom_group[:] = groups
         return picture
 
-    def _picture(self, camera: Any, size: int) -> np.ndarray:
-        """Returns uint8 (size, size, 3), upright."""
+    def _agent_pixels(self) -> np.ndarray:
+        supersampling = math.ceil(AGENT_DRAWN_SIZE / self._image_size)
+        return self._picture(self._agent_camera, self._image_size, supersampling)
+
+    def _picture(self, camera: Any, size: int, supersampling: int) -> np.ndarray:
+        """Returns uint8 (size, size, 3), upright, averaged from a picture that is larger by a factor."""
+        large = self._drawn(camera, size * supersampling)
+        if supersampling == 1:
+            return large
+        return large.reshape(size, supersampling, size, supersampling, 3).mean(axis=(1, 3)).round().astype(np.uint8)
+
+    def _drawn(self, camera: Any, size: int) -> np.ndarray:
         mujoco, scene = self._mujoco, self._scene
         everything = mujoco.mjtCatBit.mjCAT_ALL
         mujoco.mjv_updateScene(self._model, self._data, self._options, None, camera, everything, scene)

@@ -70,7 +70,7 @@ class Config:
     controller: Env[Fixed[str]] = "OSC_POSE"  # OSC_POSE moves and turns the hand (6 numbers), OSC_POSITION moves it (3)
     rotation_scale: Env[Fixed[PositiveShare]] = 0.02  # rotation commands of OSC_POSE are multiplied by this number
     cameras: Env[Fixed[tuple[str, ...]]] = ("agentview", "robot0_eye_in_hand")  # cameras that the agent sees through
-    image_size: Env[Fixed[Literal[64, 128]]] = 64  # height and width of a camera picture, in pixels
+    image_size: Env[Fixed[Literal[32, 64, 128]]] = 64  # height and width of a camera picture, in pixels
     control_freq: Env[Positive] = 20  # control steps in a second of simulated time
     action_repeat: Env[Fixed[Count]] = 2  # control steps for which the robot holds each action of the agent
     episode_steps: Env[Count] = 200  # control steps in a training episode

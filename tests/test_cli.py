@@ -260,7 +260,7 @@ def test_an_edited_constant_of_the_wrong_type_is_refused(change):
         ("--batch_size 2.5", ["batch_size", "2.5", "a whole number"]),
         ("--discount 1.5", ["discount", "1.5", "at most 1"]),
         ("--discount nan", ["discount", "nan"]),
-        ("--image_size 37", ["image_size", "37", "64, 128"]),
+        ("--image_size 37", ["image_size", "37", "32, 64, 128"]),
         ("--horizon 0", ["horizon", "0"]),
         ("--eval_steps 15 --action_repeat 2", ["eval_steps", "15", "multiple", "action_repeat 2"]),
         ("--discount abc", ["discount", "abc", "a number"]),

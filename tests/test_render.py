@@ -100,6 +100,16 @@ def test_pictures_are_close_to_robosuites_own_look(lift, plain):
         assert np.abs(image[3 * k : 3 * k + 3] - picture).mean() < 3
 
 
+def test_small_pictures_are_averages_of_larger_ones(lift):
+    """A pixel of a picture of 32 is the mean of four of one of 64."""
+    large = lift.reset(seed=8)[0].astype(float)
+    small_env = build(image_size=32)
+    small = small_env.reset(seed=8)[0]
+    small_env.close()
+    assert small.shape == (6, 32, 32) and small.dtype == np.uint8
+    np.testing.assert_allclose(small, large.reshape(6, 32, 2, 32, 2).mean((2, 4)), atol=0.5)
+
+
 def test_skipping_unseen_geoms_changes_no_pixel(lift):
     """What is not drawn because it is out of view would not have been seen, in any camera."""
     lift.reset(seed=8)
