@@ -20,11 +20,11 @@ import fast
 from buffer import ReplayBuffer
 from env import make_env as make_robosuite_env
 from runtime import cli
-from runtime.checkpoint import Checkpointer, GlobalGenerators, Part, ReplayFiles, RunFolder
+from runtime.checkpoint import Checkpointer, GlobalGenerators, ReplayFiles, RunFolder
 from runtime.collect import Collector, UpdateRatio
 from runtime.console import Failure, ProgressBar, Stopped, StopSignals, UserError, say, tolerant_output
 from runtime.device import check_gradients, keep_freed_memory, limit_threads, make_replay, pick_device, pick_precision
-from runtime.envs import EnvFailure, check_spaces, make_envs
+from runtime.envs import EnvFailure, check_spaces, close_envs, make_envs
 from runtime.evaluate import Evaluator, MakeEnv, evaluate_policy
 from runtime.logger import Logger, Meter, Stopwatch, pick_wandb_mode
 from runtime.report import write_report
@@ -117,14 +117,13 @@ def build(
     generators = GlobalGenerators(device)
     generators.seed(config.seed)
     envs = make_envs(cli.env_options(config), config.num_envs, config.seed, make_env)
-    stack.callback(envs.close)
+    stack.callback(close_envs, envs)
     image_shape, action_size = check_spaces(envs, config.task, len(config.cameras), config.image_size)
     agent = Dreamer(config, image_shape, action_size, device, pick_precision(config.precision, device))
     fast.speed_up(agent)
     replay = make_replay(config, image_shape, action_size, device)
     watch, stop = Stopwatch(), StopSignals()
     collector = Collector(config, envs, agent, replay, watch, stop)
-    stack.callback(collector.close)
     ratio, meter = UpdateRatio(config, replay), Meter(agent, replay, watch)
 
     wandb_mode = pick_wandb_mode(config.wandb, dict(os.environ))
@@ -134,11 +133,11 @@ def build(
     stack.callback(logger.close)
     bar = ProgressBar(config.steps, state["step"] if state else 0)
     stack.callback(bar.close)
-    evaluator = Evaluator(config, agent, make_env, folder.path, logger, watch, stop, bar)
+    evaluator = Evaluator(config, agent, make_env, logger, watch, stop, bar)
     stack.callback(evaluator.close)
-    saved: dict[str, Part] = {"collector": collector, "ratio": ratio, "meter": meter, "evaluator": evaluator}
+    saved: dict[str, Any] = {"collector": collector, "ratio": ratio, "meter": meter, "evaluator": evaluator}
     files = ReplayFiles(folder.path, replay, config.save_replay)
-    checkpointer = Checkpointer(folder.path, config, agent, files, logger, generators, **saved)
+    checkpointer = Checkpointer(config, agent, files, logger, generators, **saved)
     if state is not None:
         checkpointer.restore(state)
     return Parts(config, agent, replay, collector, ratio, meter, logger, evaluator, checkpointer, watch, stop, bar)

@@ -21,7 +21,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Protocol
+from typing import Any
 
 import filelock
 import numpy as np
@@ -29,7 +29,7 @@ import torch
 
 from buffer import Episode, ReplayBuffer
 from runtime.cli import marked
-from runtime.console import Failure, UserError, say, warn
+from runtime.console import Failure, UserError, say, told, warn, warn_once
 from runtime.logger import Logger
 from train import MAX_SKIPPED_IN_A_ROW, Config, Dreamer, Policy
 
@@ -64,9 +64,6 @@ def write_file(path: Path, data: bytes) -> None:
     _sync_folder(path.parent)
 
 
-_told: set[str] = set()  # guarantees whose lack was told in this process
-
-
 def _sync_folder(path: Path) -> None:
     """Put a renaming on the disk: without it, a power cut may undo it. Some network file systems can't."""
     folder = os.open(path, os.O_RDONLY)
@@ -75,15 +72,10 @@ def _sync_folder(path: Path) -> None:
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
-        _tell_once(f"this file system can't sync a folder ({error.strerror}): a power cut may undo the last save")
+        lack = f"this file system can't sync a folder ({error.strerror}): a power cut may undo the last save"
+        warn_once("folder", lack)
     finally:
         os.close(folder)
-
-
-def _tell_once(line: str) -> None:
-    if line not in _told:
-        _told.add(line)
-        warn(line)
 
 
 def _read_verified(path: Path, name: re.Pattern[str]) -> bytes:
@@ -134,14 +126,7 @@ class RunFolder:
 
     def newest(self) -> dict[str, Any] | None:
         """The state in the newest undamaged checkpoint, None if there is no checkpoint, Failure if all are damaged."""
-        loaded = load_checkpoint(self.path)
-        if loaded is None:
-            return None
-        state, self.loaded, damaged = loaded
-        for line in damaged:
-            warn(line)
-        if "collector" not in state:
-            raise Failure(f"{self.loaded} is from another release of this program, which alone can continue it")
+        state, self.loaded = load_checkpoint(self.path) or (None, None)
         return state
 
     def claim(self, config: Config) -> None:
@@ -179,7 +164,8 @@ class RunFolder:
             reason = getattr(error, "strerror", None) or str(error)
             if getattr(error, "errno", errno.ENOSYS) not in UNSUPPORTED:
                 raise UserError(f"run_dir {self.path} can't be locked: {reason}") from error
-            _tell_once(f"this file system has no locks ({reason}): nothing keeps a second process out of {self.path}")
+            lack = f"this file system has no locks ({reason}): nothing keeps a second process out of {self.path}"
+            warn_once("lock", lack)
 
     def _set_damaged_aside(self) -> None:
         """Rename checkpoints newer than the one that was loaded: left there, they would count among the last two."""
@@ -240,46 +226,40 @@ def save_checkpoint(run_dir: Path, step: int, state: dict[str, Any], best_step: 
     write_file(path, data)
     os.utime(path)  # an equal file of this step may have been there: it is the newest now
     for old in list_checkpoints(run_dir)[KEEP:]:
-        if _step(old) != best_step:
+        if _number(old.name) != best_step:
             old.unlink()
     return path
-
-
-def _step(path: Path) -> int:
-    return _number(path.name)
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Newest first."""
     found = [path for path in run_dir.glob("checkpoint_*.pt") if NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: (_step(path), path.stat().st_mtime_ns), reverse=True)
+    return sorted(found, key=lambda path: (_number(path.name), path.stat().st_mtime_ns), reverse=True)
 
 
-def load_checkpoint(run_dir: Path) -> tuple[dict[str, Any], Path, list[str]] | None:
-    """The newest undamaged checkpoint: its state on the CPU, its path, and a line about each newer, damaged file.
+def load_checkpoint(run_dir: Path) -> tuple[dict[str, Any], Path] | None:
+    """The newest undamaged checkpoint's state, on the CPU, and path; warns of newer, damaged ones.
 
-    None if there is no checkpoint yet; Failure if all are damaged.
+    None if there is no checkpoint yet; Failure if all are damaged, or if it is from another release.
     """
     damaged: list[str] = []
     for path in list_checkpoints(run_dir):
         try:
-            return _load(path), path, damaged
+            data = _read_verified(path, NAME)
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except Damaged as error:
             damaged.append(str(error))
+        except (RuntimeError, UnpicklingError):
+            damaged.append(f"{path.name} holds something else than tensors and plain values: refused")
+        else:
+            for line in damaged:
+                warn(line)
+            if not isinstance(state, dict) or "collector" not in state:
+                raise Failure(f"{path} is from another release of this program, which alone can continue it")
+            return state, path
     if damaged:
         raise Failure(f"no checkpoint in {run_dir} can be read: {'; '.join(damaged)}")
     return None
-
-
-def _load(path: Path) -> dict[str, Any]:
-    data = _read_verified(path, NAME)
-    try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (RuntimeError, UnpicklingError) as error:
-        raise Damaged(f"{path.name} holds something else than tensors and plain values: refused") from error
-    if not isinstance(state, dict):
-        raise Damaged(f"{path.name} holds no state")
-    return state
 
 
 def snapshot(state: Any) -> Any:
@@ -293,49 +273,29 @@ def snapshot(state: Any) -> Any:
     return state
 
 
-class Part(Protocol):
-    """What a checkpoint is made of: something that gives its state and takes it back."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> object:
-        """Go on from what `state_dict` gave."""
-
-
 class Checkpointer:
     """Holds the state of a run as of the last episode's end, and writes it when asked.
 
-    What the disk refuses costs a warning, not the run.
-
-    Args:
-        run_dir: the run folder.
-        config: saved beside the parts.
-        replay, logger: whose files a state counts on. The logger begins in its saved state; it is not restored here.
-        generators: restored last, as other parts may draw while they are restored.
-        parts: by the name that their state has in the checkpoint.
+    What the disk refuses costs a warning, not the run. `parts` have `state_dict` and `load_state_dict`. The logger
+    begins in its saved state. Other parts may draw while they are restored, so the generators are restored last.
     """
 
     def __init__(
         self,
-        run_dir: Path,
         config: Config,
         agent: Dreamer,
         replay: "ReplayFiles",
         logger: Logger,
         generators: "GlobalGenerators",
-        **parts: Part,
+        **parts: Any,
     ):
-        self.run_dir, self.agent, self.replay, self.logger = run_dir, agent, replay, logger
+        self.run_dir, self.agent, self.replay, self.logger = logger.run_dir, agent, replay, logger
         self.generators = generators
         self.config = dataclasses.asdict(config)
         self.versions = versions(agent.device, agent.autocast_dtype)
-        self.parts: dict[str, Part] = {"agent": agent, "replay": replay, **parts, "generators": generators}
+        self.parts: dict[str, Any] = {"agent": agent, "replay": replay, **parts, "generators": generators}
         self.held: dict[str, Any] | None = None
-        self.held_step = self.saved_step = -1  # control steps
-        self.best_step = -1
-        self.saved_at = time.monotonic()
-        self.failing = False
+        self.saved_step, self.saved_at = -1, time.monotonic()  # control steps, seconds
 
     def restore(self, state: dict[str, Any]) -> None:
         """Let all parts go on from a state; says what keeps that from being exact. Failure if a part does not fit."""
@@ -351,8 +311,7 @@ class Checkpointer:
         if restarts := state["collector"]["restarts"]:
             self.generators.redraw(restarts)
         self.held = snapshot(state)  # Adam goes on in the tensors that it was given
-        self.held_step = self.saved_step = state["step"]
-        self.best_step = state["best_step"]
+        self.saved_step = state["step"]
 
     def hold(self, step: int, best_step: int, last: bool) -> None:
         """Keep a copy, on the CPU, of all that decides how the run goes on. To be called where an episode has ended.
@@ -373,33 +332,30 @@ class Checkpointer:
         state = {name: part.state_dict() for name, part in self.parts.items()} | {"logger": self.logger.state_dict()}
         about = {"step": step, "best_step": best_step, "config": self.config, "versions": self.versions}
         self.held = snapshot(about | state)
-        self.held_step, self.best_step = step, best_step
 
     def save(self, env_failed: bool = False) -> None:
         """Write the state that is held, unless that is done.
 
         `env_failed`: the environments have ended the run, and the next start is to draw other episodes.
         """
-        if self.held is None or (self.held_step == self.saved_step and not env_failed):
+        if self.held is None or (self.held["step"] == self.saved_step and not env_failed):
             return
         if env_failed:
             self.held["collector"]["restarts"] += 1
+        step = self.held["step"]
         try:
-            save_checkpoint(self.run_dir, self.held_step, self.held, self.best_step)
-            self.saved_step, self.saved_at = self.held_step, time.monotonic()
+            save_checkpoint(self.run_dir, step, self.held, self.held["best_step"])
+            self.saved_step, self.saved_at = step, time.monotonic()
             self.replay.prune()
         except (OSError, RuntimeError) as error:  # torch.save turns some errors of the system into RuntimeErrors
             self._warn(error)
             return
-        if self.failing:
-            say(f"step {self.held_step}: saved again")
-        self.failing = False
+        if "checkpoint" in told:
+            told.remove("checkpoint")
+            say(f"step {step}: saved again")
 
     def _warn(self, error: Exception) -> None:
-        """Once for all failures in a row."""
-        if not self.failing:
-            warn(f"{self.run_dir} can't be written to, training goes on: {error}")
-        self.failing = True
+        warn_once("checkpoint", f"{self.run_dir} can't be written to, training goes on: {error}")
 
 
 def versions(device: torch.device, autocast_dtype: torch.dtype | None) -> dict[str, str | int]:

@@ -13,7 +13,7 @@ from gymnasium.vector import AsyncVectorEnv
 
 from buffer import ReplayBuffer, Transition
 from runtime.console import StopSignals, warn
-from runtime.envs import BrokenEnv, EnvFailure, Envs, close_envs, dead_workers
+from runtime.envs import BrokenEnv, EnvFailure, Envs, dead_workers
 from runtime.logger import Stopwatch
 from train import ActState, Config, Dreamer
 
@@ -163,7 +163,6 @@ class Collector:
         self.image = np.zeros(0, np.uint8)
         self.action = np.zeros(0)
         self.act_state: ActState | None = None
-        self.lost_workers = False
         self.told_of_ends = False
 
     def act(self) -> None:
@@ -222,10 +221,6 @@ class Collector:
             share = f"{sum(self.recent)} of the last {len(self.recent)} episodes"
             raise EnvFailure(f"the environments failed in {share}, the last time with {self.last_fault}")
 
-    def close(self) -> None:
-        """Close the environments, or end workers one of which has died: the answer to a call may never come."""
-        close_envs(self.envs, self.lost_workers)
-
     def state_dict(self) -> dict[str, Any]:
         """Counters and generators: all that decides the episodes to come where all have just ended."""
         with self._env_failures():
@@ -280,7 +275,6 @@ class Collector:
             with dead_workers(self.envs):
                 yield
         except BrokenEnv as error:
-            self.lost_workers = True
             self.stop.check()  # the signal that ends the run may have ended a worker first
             raise EnvFailure(str(error)) from error
 

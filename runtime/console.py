@@ -38,6 +38,16 @@ def warn(line: str) -> None:
     say(f"warning: {line}")
 
 
+told: set[str] = set()  # what `warn_once` has warned of in this run
+
+
+def warn_once(what: str, line: str) -> None:
+    """Warn, unless that was done: `what` names the trouble, as the lines of one trouble may differ."""
+    if what not in told:
+        told.add(what)
+        warn(line)
+
+
 class Tolerant:
     """A text stream that writes at once and drops what its file does not take, so that no run ends for its output.
 
@@ -79,6 +89,7 @@ class Tolerant:
 @contextlib.contextmanager
 def tolerant_output() -> Iterator[None]:
     """Inside, stdout and stderr are `Tolerant`: also for what libraries print and for the progress bar."""
+    told.clear()
     _fill_standard_descriptors()
     out, err = Tolerant(sys.stdout), Tolerant(sys.stderr)
     try:

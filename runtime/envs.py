@@ -22,6 +22,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from gymnasium.vector.async_vector_env import AsyncState
 
 from runtime.console import Failure, Tolerant, UserError
 
@@ -226,14 +227,17 @@ def dead_workers(envs: Envs) -> Iterator[None]:
         raise BrokenEnv(f"an environment's process has ended; exit codes: {codes}") from error
 
 
-def close_envs(envs: Envs, broken: bool = False) -> None:
-    """Close environments. Workers of broken ones are ended: the answer to a call may never come."""
-    if not broken or isinstance(envs, SyncVectorEnv):
+def close_envs(envs: Envs) -> None:
+    """Close environments. If a worker is dead or still owes an answer, which may never come, all are ended."""
+    if isinstance(envs, SyncVectorEnv):
+        envs.close()
+        return
+    if envs._state is AsyncState.DEFAULT and all(process.is_alive() for process in envs.processes):
         with contextlib.suppress(OSError, EOFError):  # of a worker that was killed after its last call
             envs.close()
             return
     envs.closed = True
-    for process in getattr(envs, "processes", ()):
+    for process in envs.processes:
         process.terminate()
         process.join()
 

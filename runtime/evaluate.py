@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from networks import Draws
 from runtime.checkpoint import load_policy, policy_file, write_file
 from runtime.cli import check_config, check_fits_policy, env_options
 from runtime.collect import EpisodeStats
-from runtime.console import Failure, ProgressBar, StopSignals, UserError, say, warn
+from runtime.console import Failure, ProgressBar, StopSignals, UserError, say, warn, warn_once
 from runtime.device import pick_device
 from runtime.envs import (
     FAULTS,
@@ -47,7 +47,7 @@ TRIES, OTHER_SEED = 3, 1_000  # an episode that fails is played again that often
 DREAM_STEPS = 45  # imagined in the video of the policy's dreams
 OPEN_LOOP_STEPS = (1, 5, 15, 45)  # imagined agent steps after which the open-loop error is logged
 OPEN_LOOP_WINDOWS = 24  # sequences that the open-loop errors are means of
-RECORDINGS = 6  # evaluation episodes that are kept for figures and pictures
+RECORDINGS = 6  # evaluation episodes whose rows are kept for figures and pictures
 SEQUENCES = 6  # columns of the open-loop and the imagination videos
 # Lift's dense reward a control step: at most 0.444 near the cube, 0.556 with both fingers on it, 1 with it in the air.
 LIFT_CLASSES = {"hovering": (-np.inf, 0.45), "holding": (0.45, 0.6), "lifted": (0.6, np.inf)}
@@ -56,36 +56,47 @@ LIFT_CLASSES = {"hovering": (-np.inf, 0.45), "holding": (0.45, 0.6), "lifted": (
 # ---------------------------------------------------------------------------------------------- episodes
 
 
-@dataclasses.dataclass
-class Recording:
-    """An evaluation episode of n agent steps; rows are those of the replay (buffer.py)."""
+class Row(NamedTuple):
+    """An agent step and what it led to, as in the replay (buffer.py); an episode's first row is its reset."""
 
-    image: np.ndarray  # (n + 1, C, H, W) uint8
-    action: np.ndarray  # (n + 1, A)
-    reward: np.ndarray  # (n + 1,)
-    success: np.ndarray  # (n + 1,) bool
-    terminal: bool  # the task ended the episode, not the clock
-    renders: np.ndarray | None  # (n + 1, h, h, 3) uint8, if the episode was filmed
+    image: np.ndarray  # (C, H, W) uint8
+    action: np.ndarray  # (A,)
+    reward: np.float32
+    success: bool
 
-    def video(self, repeat: int) -> np.ndarray:
-        """The frames of a filmed episode, `repeat` control steps apart."""
-        assert self.renders is not None
-        return policy_video(self.renders, self.image, self.reward, self.success, repeat)
+
+@dataclasses.dataclass(eq=False)
+class Episode(EpisodeStats):
+    """An evaluation episode: its figures, its rows, and a frame for each row if it is filmed."""
+
+    number: int = 0
+    attempt: int = 0  # failed ones before this one
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    renders: list[np.ndarray] = dataclasses.field(default_factory=list)  # (h, w, 3) uint8
+    terminal: bool = False  # the task ended it, not the clock
+
+    def video(self) -> np.ndarray:
+        """The frames of a filmed episode."""
+        images, _, rewards, successes = map(np.stack, zip(*self.rows, strict=True))
+        return policy_video(np.stack(self.renders), images, rewards, successes, self.repeat)
 
 
 @dataclasses.dataclass
 class Evaluation:
-    """What the episodes of an evaluation gave, and recordings of the first ones."""
+    """What an evaluation gave."""
 
-    episodes: list[EpisodeStats]
-    recordings: list[Recording]
+    episodes: list[Episode]
     failed: int = 0  # episodes that the environment could not play
-    render_seconds: float = 0.0
 
     @property
-    def filmed(self) -> Recording | None:
+    def recordings(self) -> list[Episode]:
+        """The episodes that have their rows."""
+        return self.episodes[:RECORDINGS]
+
+    @property
+    def filmed(self) -> Episode | None:
         """The recording that has frames, if one has."""
-        return next((recording for recording in self.recordings if recording.renders is not None), None)
+        return next((episode for episode in self.recordings if episode.renders), None)
 
     def summary(self) -> dict[str, float]:
         """Mean and spread of each figure over the episodes (time to success: over those with success)."""
@@ -100,36 +111,20 @@ class Evaluation:
         return summary
 
 
-@dataclasses.dataclass
-class Episode:
-    """An evaluation episode that is being played, for the `attempt`-th time."""
-
-    number: int
-    stats: EpisodeStats
-    attempt: int = 0
-    rows: list[tuple[np.ndarray, np.ndarray, float, bool]] = dataclasses.field(default_factory=list)
-    renders: list[np.ndarray] = dataclasses.field(default_factory=list)
-    terminal: bool = False
-
-    def recording(self) -> Recording:
-        """What is kept of it."""
-        images, actions, rewards, successes = map(np.stack, zip(*self.rows, strict=True))
-        renders = np.stack(self.renders) if self.renders else None
-        return Recording(images, actions, rewards.astype(np.float32), successes, self.terminal, renders)
+def describe(summary: dict[str, float]) -> str:
+    """An evaluation in one line."""
+    return (
+        f"evaluation return {summary['eval/return_mean']:.1f} +- {summary['eval/return_std']:.1f}, "
+        f"success {summary['eval/success_rate']:.0%} of {summary['eval/episodes']} episodes"
+    )
 
 
 class Player:
     """Plays episodes of the deterministic policy with fixed seeds, as many at once as there are environments.
 
-    An episode's seed follows from its number alone, so the environment's draws are the same however many run at once.
-    The policy's own draws are made for all running episodes together.
-
-    Args:
-        act: images (B, C, H, W), state, is_first (B,), draws, deterministic -> actions (B, A) and the next state.
-        envs: B environments of the kind `EvalEnv`.
-        repeat: action_repeat.
-        seed: of the first episode; the next ones have the numbers after it.
-        each_step: gets the lowest number of a running episode, and may raise to stop.
+    An episode's seed is `seed` plus its number, so the environment's draws are the same however many run at once. The
+    policy's own draws are made for all running episodes together. `act` is `Policy.forward` or `Dreamer.act`; `envs`
+    are of the kind `EvalEnv`; `each_step` gets the lowest number of a running episode, and may raise to stop.
     """
 
     def __init__(
@@ -139,19 +134,19 @@ class Player:
         repeat: int,
         device: torch.device,
         seed: int = EVAL_SEED,
+        watch: Stopwatch | None = None,
         each_step: Callable[[int], None] = lambda _: None,
     ):
         self.act, self.envs, self.repeat, self.device, self.seed = act, envs, repeat, device, seed
-        self.each_step = each_step
+        self.watch, self.each_step = watch or Stopwatch(), each_step
         self.draws = Draws(torch.Generator(device).manual_seed(seed))
 
     def play(self, episodes: int, film: bool) -> Evaluation:
         """An evaluation, in the order of its episodes; `film` keeps frames of the first one.
 
-        An episode is a success if the task was solved at any of its steps. Failed episodes are played again with other
-        draws. Raises BrokenEnv if an environment can't be mended, or its process has ended.
+        Raises BrokenEnv if an environment can't be mended, or its process has ended.
         """
-        self.waiting, self.film, self.render_seconds = deque(range(episodes)), film, 0.0
+        self.waiting, self.film = deque(range(episodes)), film
         self.done: list[Episode] = []  # by number
         self.running = [self._next() for _ in range(self.envs.num_envs)]
         state: ActState | None = None
@@ -163,13 +158,11 @@ class Player:
                 state = None if first.all() else state
                 action, state = self.act(image, state, is_first, self.draws, deterministic=True)
                 self._step(action.float().cpu().numpy())
-        recordings = [episode.recording() for episode in self.done[:RECORDINGS]]
-        stats = [episode.stats for episode in self.done]
-        return Evaluation(stats, recordings, episodes - len(stats), self.render_seconds)
+        return Evaluation(self.done, episodes - len(self.done))
 
     def _next(self) -> Episode | None:
         """The next episode, or None: then an environment rests until the others have finished theirs."""
-        return Episode(self.waiting.popleft(), EpisodeStats(self.repeat)) if self.waiting else None
+        return Episode(self.repeat, number=self.waiting.popleft()) if self.waiting else None
 
     def _seed(self, episode: Episode) -> int:
         return self.seed + episode.number + OTHER_SEED * episode.attempt
@@ -180,14 +173,13 @@ class Player:
         if first.any():
             seeds = [self._seed(episode) if episode else None for episode in self.running]
             self.image, info = self.envs.reset(seed=seeds, options={"reset_mask": first.copy()})
+            nothing = np.zeros(self.envs.single_action_space.shape or (), np.float32)
             failed = self._failed(info)
             for i, episode in enumerate(self.running):
                 if episode and first[i]:
                     if failed[i]:
                         warn(f"a reset of the evaluation failed and was drawn anew: {info['env_error'][i]}")
-                    nothing = np.zeros(self.envs.single_action_space.shape or (), np.float32)
-                    episode.rows.append((self.image[i].copy(), nothing, 0.0, False))
-                    self._render(i, episode)
+                    self._add(i, episode, nothing, 0.0, False)
         return first
 
     def _step(self, action: np.ndarray) -> None:
@@ -197,15 +189,17 @@ class Player:
         for i, episode in enumerate(self.running):
             if episode and failed[i]:
                 warn(f"an episode of the evaluation failed and is played with other draws: {info['env_error'][i]}")
-                again = Episode(episode.number, EpisodeStats(self.repeat), episode.attempt + 1)
+                again = Episode(self.repeat, number=episode.number, attempt=episode.attempt + 1)
                 self.running[i] = again if again.attempt < TRIES else self._next()
             elif episode:
-                episode.stats.add(float(reward[i]), bool(success[i]))
-                episode.rows.append((self.image[i].copy(), action[i], float(reward[i]), bool(success[i])))
-                self._render(i, episode)
+                episode.add(float(reward[i]), bool(success[i]))
+                self._add(i, episode, action[i], reward[i], bool(success[i]))
                 if terminated[i] or truncated[i]:
                     episode.terminal = bool(terminated[i])
-                    self._keep(episode)
+                    self.film = self.film and not episode.renders
+                    self.done = sorted([*self.done, episode], key=lambda x: x.number)
+                    for later in self.done[RECORDINGS:]:
+                        later.rows.clear()
                     self.running[i] = self._next()
 
     def _failed(self, info: dict[str, Any]) -> np.ndarray:
@@ -214,43 +208,26 @@ class Player:
             raise BrokenEnv(next(filter(None, info["broken"])))
         return info.get("_env_error", np.zeros(self.envs.num_envs, bool))
 
-    def _keep(self, episode: Episode) -> None:
-        """Keep an episode that has ended; rows only of the first ones."""
-        self.film = self.film and not episode.renders
-        self.done = sorted([*self.done, episode], key=lambda x: x.number)
-        for later in self.done[RECORDINGS:]:
-            later.rows.clear()
-
-    def _render(self, i: int, episode: Episode) -> None:
-        """Film the first environment until it has played an episode; without frames, an evaluation goes on."""
-        if not self.film or i > 0:
-            return
-        started = time.perf_counter()
-        frame = self.envs.call("frame", self._seed(episode))[i]
-        if isinstance(frame, np.ndarray) and episode.renders and frame.shape != episode.renders[0].shape:
-            frame = f"a frame of {frame.shape} after one of {episode.renders[0].shape}"
-        if isinstance(frame, np.ndarray):
-            episode.renders.append(frame)
-        else:
-            warn(f"the evaluation is not filmed: {frame}")
-            episode.renders.clear()
-            self.film = False
-        self.render_seconds += time.perf_counter() - started
-
-
-def describe(summary: dict[str, float]) -> str:
-    """An evaluation in one line."""
-    return (
-        f"evaluation return {summary['eval/return_mean']:.1f} +- {summary['eval/return_std']:.1f}, "
-        f"success {summary['eval/success_rate']:.0%} of {summary['eval/episodes']} episodes"
-    )
+    def _add(self, i: int, episode: Episode, action: np.ndarray, reward: float, success: bool) -> None:
+        """Add a row, and film the first environment until it has played an episode."""
+        episode.rows.append(Row(self.image[i].copy(), action, np.float32(reward), success))
+        if self.film and i == 0:
+            with self.watch("video"):
+                frame = self.envs.call("frame", self._seed(episode))[i]
+            if isinstance(frame, np.ndarray) and episode.renders and frame.shape != episode.renders[0].shape:
+                frame = f"a frame of {frame.shape} after one of {episode.renders[0].shape}"
+            if isinstance(frame, np.ndarray):
+                episode.renders.append(frame)
+            else:
+                warn(f"the evaluation is not filmed: {frame}")
+                episode.renders.clear()
+                self.film = False
 
 
 # ---------------------------------------------------------------------------------------------- analysis
 
 
-@dataclasses.dataclass
-class Analysis:
+class Analysis(NamedTuple):
     """How model and critic see evaluation episodes, which training never saw."""
 
     metrics: dict[str, float]
@@ -258,17 +235,18 @@ class Analysis:
     prediction: Prediction  # of these windows, open loop
 
 
-def analyse(agent: Dreamer, recordings: Sequence[Recording], draws: Draws) -> Analysis:
+def analyse(agent: Dreamer, recordings: Sequence[Episode], draws: Draws) -> Analysis:
     """Open-loop errors, reward errors and value calibration; changes nothing in the agent."""
     windows = open_loop_windows(recordings).to(agent.device)
     prediction = agent.predict(windows, draws)
+    episodes = whole_episodes(recordings).to(agent.device)
+    reward, value = agent.judge(episodes, draws)
+    learned = agent.world_model.learned_reward(episodes.reward)
+    columns = [x.float().cpu().numpy() for x in (reward, value, learned, episodes.reward)]
+    judged = [np.stack([x[: len(recording.rows), b] for x in columns]) for b, recording in enumerate(recordings)]
     metrics = _open_loop_errors(agent, windows, prediction)
-    episodes, length = whole_episodes(recordings)
-    reward, value = (x.float().cpu().numpy() for x in agent.judge(episodes.to(agent.device), draws))  # (T, B)
-    learned = agent.world_model.learned_reward(episodes.reward).numpy()
-    inside = np.arange(len(reward))[:, None] < length  # (T, B): no padding
-    metrics |= _reward_errors(agent.config, np.abs(reward - learned), episodes.reward.numpy(), inside)
-    metrics |= _value_errors(agent.config, recordings, value, learned, length, inside)
+    metrics |= _reward_errors(agent.config, np.concatenate(judged, axis=1))
+    metrics |= _value_errors(agent.config, recordings, judged)
     return Analysis(metrics, windows, prediction)
 
 
@@ -283,39 +261,31 @@ def _open_loop_errors(agent: Dreamer, windows: Batch, prediction: Prediction) ->
     return metrics
 
 
-def _reward_errors(config: Config, error: np.ndarray, reward: np.ndarray, inside: np.ndarray) -> dict[str, float]:
-    """Mean error of the reward that is read from a state; arrays (T, B)."""
-    metrics = {"reward/error": float(error[inside].mean())}
+def _reward_errors(config: Config, judged: np.ndarray) -> dict[str, float]:
+    """Mean error of the reward that is read from a state; predicted, value, learned and true (4, rows)."""
+    predicted, _, learned, true = judged
+    error, step_reward = np.abs(predicted - learned), true / config.action_repeat
+    metrics = {"reward/error": float(error.mean())}
     if config.task == "Lift" and config.reward_shaping:
-        step_reward = reward / config.action_repeat
         for name, (low, high) in LIFT_CLASSES.items():
-            rows = inside & (step_reward >= low) & (step_reward < high)
+            rows = (step_reward >= low) & (step_reward < high)
             if rows.any():
                 metrics[f"reward/error_{name}"] = float(error[rows].mean())
     return metrics
 
 
-def _value_errors(
-    config: Config,
-    recordings: Sequence[Recording],
-    value: np.ndarray,
-    learned: np.ndarray,
-    length: np.ndarray,
-    inside: np.ndarray,
-) -> dict[str, float]:
-    """The critic's values (T, B) against the returns that followed."""
-    realised = np.full_like(value, np.nan)
-    for b, recording in enumerate(recordings):
-        rows = slice(0, length[b])
-        realised[rows, b] = realised_return(
-            learned[rows, b], value[length[b] - 1, b], recording.terminal, config.discount
-        )
-    known = inside.copy()
-    known[length - 1, np.arange(len(length))] = [recording.terminal for recording in recordings]
+def _value_errors(config: Config, recordings: Sequence[Episode], judged: Sequence[np.ndarray]) -> dict[str, float]:
+    """The critic's values against the returns that followed; arrays as above, one for each recording."""
+    known = []
+    for recording, (_, value, learned, _) in zip(recordings, judged, strict=True):
+        returns = realised_return(learned, value[-1], recording.terminal, config.discount)
+        rows = len(value) if recording.terminal else len(value) - 1  # what followed the last row is unknown
+        known.append(np.stack([value, returns])[:, :rows])
+    predicted, realised = np.concatenate(known, axis=1)
     return {
-        "behavior/value_predicted": float(value[known].mean()),
-        "behavior/value_realised": float(realised[known].mean()),
-        "behavior/value_error": float(np.abs(value - realised)[known].mean()),
+        "behavior/value_predicted": float(predicted.mean()),
+        "behavior/value_realised": float(realised.mean()),
+        "behavior/value_error": float(np.abs(predicted - realised).mean()),
     }
 
 
@@ -331,36 +301,29 @@ def realised_return(reward: np.ndarray, last_value: float, terminal: bool, disco
     return returns
 
 
-def open_loop_windows(recordings: Sequence[Recording]) -> Batch:
+def open_loop_windows(recordings: Sequence[Episode]) -> Batch:
     """Windows of 50 rows, or of the longest episode's, as (T, B, ...): the first of each episode, then the second."""
-    length = min(CONTEXT + max(OPEN_LOOP_STEPS), max(len(recording.image) for recording in recordings))
-    parts = max(len(recording.image) for recording in recordings) // length
-    windows = [
-        (recording, slice(part * length, (part + 1) * length))
-        for part in range(parts)
-        for recording in recordings
-        if (part + 1) * length <= len(recording.image)
-    ]
-    return _batch([_cut(recording, rows) for recording, rows in windows[:OPEN_LOOP_WINDOWS]])
+    longest = max(len(recording.rows) for recording in recordings)
+    length = min(CONTEXT + max(OPEN_LOOP_STEPS), longest)
+    windows = [x.rows[start : start + length] for start in range(0, longest, length) for x in recordings]
+    return _batch([window for window in windows if len(window) == length][:OPEN_LOOP_WINDOWS])
 
 
-def whole_episodes(recordings: Sequence[Recording]) -> tuple[Batch, np.ndarray]:
-    """All rows of each episode as (T, B, ...), the shorter ones padded with their last row, and their lengths (B,)."""
-    length = np.array([len(recording.image) for recording in recordings])
-    padded = [np.minimum(np.arange(length.max()), n - 1) for n in length]
-    return _batch([_cut(recording, rows) for recording, rows in zip(recordings, padded, strict=True)]), length
+def whole_episodes(recordings: Sequence[Episode]) -> Batch:
+    """All rows of each episode as (T, B, ...), the shorter ones padded with their last row."""
+    longest = max(len(recording.rows) for recording in recordings)
+    return _batch([x.rows + x.rows[-1:] * (longest - len(x.rows)) for x in recordings])
 
 
-def _cut(recording: Recording, rows: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return recording.image[rows], recording.action[rows], recording.reward[rows]
-
-
-def _batch(columns: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Batch:
-    image, action, reward = (torch.as_tensor(np.stack(x, axis=1)) for x in zip(*columns, strict=True))
-    nothing = torch.zeros(reward.shape, dtype=torch.bool)
-    is_first = nothing.clone()
+def _batch(columns: Sequence[Sequence[Row]]) -> Batch:
+    """Equally many rows of several episodes, side by side."""
+    image, action, reward = (
+        torch.as_tensor(np.stack([[getattr(row, name) for row in rows] for rows in zip(*columns, strict=True)]))
+        for name in ("image", "action", "reward")
+    )
+    is_first = torch.zeros(reward.shape, dtype=torch.bool)
     is_first[0] = True
-    return Batch(image, action, reward, is_first, nothing)
+    return Batch(image, action, reward, is_first, torch.zeros_like(is_first))
 
 
 # ---------------------------------------------------------------------------------------------- in a run
@@ -380,28 +343,23 @@ def open_envs(config: Config, make_env: MakeEnv) -> Envs:
 class Evaluator:
     """Evaluates a run's agent, films it, and keeps the policy of the best evaluation.
 
-    Nothing here changes what training does.
-
-    Args:
-        config, agent: of the run.
-        make_env: builds the evaluation environments at the first evaluation; they live as long as the run.
-        run_dir: where policy.pt goes.
-        logger, watch, stop, bar: told, or asked, in between.
+    Nothing here changes what training does. `make_env` builds the environments at the first evaluation; they live as
+    long as the run.
     """
+
+    SAVED = ("evaluated", "filmed", "best", "best_step", "best_success", "incomplete")
 
     def __init__(
         self,
         config: Config,
         agent: Dreamer,
         make_env: MakeEnv,
-        run_dir: Path,
         logger: Logger,
         watch: Stopwatch,
         stop: StopSignals,
         bar: ProgressBar,
     ):
-        self.config, self.agent, self.run_dir = config, agent, run_dir
-        self.open = functools.partial(open_envs, config, make_env)
+        self.config, self.agent, self.make_env = config, agent, make_env
         self.logger, self.watch, self.stop, self.bar = logger, watch, stop, bar
         self.envs: Envs | None = None
         self.started, self.seconds = time.monotonic(), 0.0  # of this process; those that its evaluations took
@@ -420,13 +378,13 @@ class Evaluator:
         """Evaluate, log what that gives, film if that is due, and keep the best policy."""
         c, last = self.config, step >= self.config.steps
         film = last or step - self.filmed >= c.video_every or self.filmed == 0
-        episodes = c.eval_episodes * (LAST_EVALUATION if last else 1)
         began = time.monotonic()
         with self.watch("eval"):
-            result = self._play(episodes, film)
-            if result.episodes:
-                self._log(step, result, film)
-            self._compare(step, result)
+            result = self._play(c.eval_episodes * (LAST_EVALUATION if last else 1), film)
+            summary = result.summary() if result.episodes else {}
+            if summary:
+                self._log(step, result, summary)
+            self._compare(step, result, summary)
         self.evaluated = step
         now = time.monotonic()
         self.seconds += now - began
@@ -442,21 +400,21 @@ class Evaluator:
         try:
             self.envs = self.envs or self._open()
             repeat, device = self.config.action_repeat, self.agent.device
-            return Player(self.agent.act, self.envs, repeat, device, each_step=each_step).play(episodes, film)
+            player = Player(self.agent.act, self.envs, repeat, device, EVAL_SEED, self.watch, each_step)
+            return player.play(episodes, film)
         except BrokenEnv as error:
-            self.close(broken=True)
+            self.close()
             self.stop.check()  # the signal that ends the run may have ended a worker first
             warn(f"the evaluation failed: {error}")
-            return Evaluation([], [], failed=episodes)
+            return Evaluation([], failed=episodes)
 
     def _open(self) -> Envs:
         try:
-            return self.open()
+            return open_envs(self.config, self.make_env)
         except FAULTS as error:
             raise BrokenEnv(f"its environment can't be built: {describe_error(error)}") from error
 
-    def _log(self, step: int, result: Evaluation, film: bool) -> None:
-        summary = result.summary()
+    def _log(self, step: int, result: Evaluation, summary: dict[str, float]) -> None:
         draws = Draws(torch.Generator(self.agent.device).manual_seed(EVAL_SEED))
         analysis = analyse(self.agent, result.recordings, draws)
         self.logger.scalars(step, summary | analysis.metrics)
@@ -464,14 +422,13 @@ class Evaluator:
         figures = {"best_success_rate": self.best_success, "last_success_rate": summary["eval/success_rate"]}
         self.logger.summary(figures)
         say(f"step {step}: {describe(summary)}")
-        if film and result.filmed:
+        if result.filmed:
             self.bar.show("evaluate", "videos")
-            self.watch.seconds["video"] += result.render_seconds
             with self.watch("video"):
                 self._film(step, result.filmed, analysis, draws)
             self.filmed = step
 
-    def _compare(self, step: int, result: Evaluation) -> None:
+    def _compare(self, step: int, result: Evaluation, summary: dict[str, float]) -> None:
         """Keep the policy if this is the best evaluation. An incomplete one does not compete."""
         if result.failed:
             self.incomplete += 1
@@ -479,40 +436,38 @@ class Evaluator:
             warn(f"the evaluation at step {step} is incomplete, so its policy can't be the best: {what}")
             return
         # The last evaluation is longer; it competes with the others over their episodes.
-        mean = Evaluation(result.episodes[: self.config.eval_episodes], []).summary()["eval/return_mean"]
+        mean = float(np.mean([episode.total for episode in result.episodes[: self.config.eval_episodes]]))
         if mean > self.best:
             self.best, self.best_step = mean, step
-            self.figures = {"env_step": step, **result.summary()}
+            self.figures = {"env_step": step, **summary}
             self.unwritten = policy_file(self.agent.policy, self.config, **self.figures)
 
     def write_policy(self) -> None:
         """Write the best evaluation's policy, unless that is done. If the disk refuses it, a later call tries again."""
         if self.unwritten:
-            path = self.run_dir / "policy.pt"
+            path = self.logger.run_dir / "policy.pt"
             try:
                 write_file(path, self.unwritten)
             except OSError as error:
-                self.logger.warn("policy.pt can't be written", str(error))
+                warn_once("policy", f"policy.pt can't be written, training goes on: {error}")
                 return
             self.unwritten = None
             self.logger.policy(path, self.figures)
 
-    def close(self, broken: bool = False) -> None:
+    def close(self) -> None:
         """Close the evaluation environments; a later evaluation builds new ones."""
-        envs, self.envs = self.envs, None
-        if envs is not None:
-            close_envs(envs, broken)
+        if self.envs is not None:
+            close_envs(self.envs)
+        self.envs = None
 
     def state_dict(self) -> dict[str, Any]:
         """What was evaluated, and by which evaluations."""
-        names = ("evaluated", "filmed", "best", "best_step", "best_success", "incomplete")
-        return {name: getattr(self, name) for name in names} | {"kind": self._kind()}
+        return {name: getattr(self, name) for name in self.SAVED} | {"kind": self._kind()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on; with evaluations of another kind, the search for the best policy starts anew."""
-        for name, value in state.items():
-            if name != "kind":
-                setattr(self, name, value)
+        for name in self.SAVED:
+            setattr(self, name, state[name])
         if state["kind"] != self._kind():
             say("evaluations can't be compared with those before: the next one's policy is the best so far")
             self.best, self.best_step = -math.inf, -1
@@ -520,21 +475,21 @@ class Evaluator:
     def _kind(self) -> dict[str, Any]:
         return eval_options(self.config) | {"eval_action": self.config.eval_action}
 
-    def _film(self, step: int, recording: Recording, analysis: Analysis, draws: Draws) -> None:
+    def _film(self, step: int, episode: Episode, analysis: Analysis, draws: Draws) -> None:
         """The three videos: an episode, the model's open-loop prediction, and what the policy imagines."""
-        c, fps = self.config, self.config.control_freq / self.config.action_repeat
-        self._video(step, "eval", recording.video(c.action_repeat), fps)
+        c = self.config
+        self._video(step, "eval", episode.video())
         windows = Batch(*(x[:, :SEQUENCES] for x in analysis.windows))
-        truth, model = windows.image.float() / 255, analysis.prediction.image[:, :SEQUENCES]
-        frames = open_loop_video(truth.cpu().numpy(), model.float().cpu().numpy(), c.cameras, CONTEXT)
-        self._video(step, "openloop", frames, fps)
+        truth = (windows.image.float() / 255).cpu().numpy()
+        model = analysis.prediction.image[:, :SEQUENCES].float().cpu().numpy()
+        self._video(step, "openloop", open_loop_video(truth, model, c.cameras, CONTEXT))
         dream = self.agent.dream(Batch(*(x[:CONTEXT] for x in windows)), DREAM_STEPS, draws)
         image, reward = dream.image.float().cpu().numpy(), dream.reward.cpu().numpy() / c.action_repeat
-        self._video(step, "dream", dream_video(truth[:CONTEXT].cpu().numpy(), image, reward, c.cameras, c.horizon), fps)
+        self._video(step, "dream", dream_video(truth[:CONTEXT], image, reward, c.cameras, c.horizon))
 
-    def _video(self, step: int, name: str, frames: np.ndarray, fps: float) -> None:
+    def _video(self, step: int, name: str, frames: np.ndarray) -> None:
         self.stop.check()
-        self.logger.video(step, name, frames, fps)
+        self.logger.video(step, name, frames, self.config.control_freq / self.config.action_repeat)
 
 
 # ---------------------------------------------------------------------------------------------- --eval
@@ -555,23 +510,20 @@ def evaluate_policy(path: Path, given: dict[str, Any], make_env: MakeEnv) -> Non
     fast.speed_up(policy.to(device))
     with build_errors():
         envs = open_envs(config, make_env)
-    whole = False
     try:
-        player = Player(policy, envs, config.action_repeat, device, seed=OWN_SEED)
-        result = player.play(config.eval_episodes, film=True)
-        whole = True
+        result = Player(policy, envs, config.action_repeat, device, OWN_SEED).play(config.eval_episodes, film=True)
     except BrokenEnv as error:
         raise Failure(f"the evaluation failed: {error}") from error
     finally:
-        close_envs(envs, broken=not whole)
+        close_envs(envs)
     if not result.episodes:
         raise Failure("the evaluation failed: no episode could be played")
     say(describe(result.summary()))
     if result.filmed:
+        video = file.with_suffix(".mp4")
         try:
-            frames = result.filmed.video(config.action_repeat)
-            write_video(file.with_suffix(".mp4"), frames, config.control_freq / config.action_repeat)
-            say(f"video {file.with_suffix('.mp4')}")
+            write_video(video, result.filmed.video(), config.control_freq / config.action_repeat)
+            say(f"video {video}")
         except VideoError as error:
             warn(f"no video: {error}")
     if result.failed:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from buffer import ReplayBuffer
-from runtime.console import warn
+from runtime.console import warn, warn_once
 from runtime.device import memory
 from runtime.video import VideoError, write_video
 from train import Dreamer
@@ -132,7 +132,6 @@ class Logger:
             self.file.truncate(state["size"])
             self.file.seek(state["size"])
         self.size = self.file.tell()  # bytes of metrics.jsonl that are on disk
-        self.warned: set[str] = set()
         self.wandb: Any = None
         if wandb_mode != "disabled":
             with self._mirroring():
@@ -164,7 +163,7 @@ class Logger:
         try:
             write_video(path, frames, fps)
         except VideoError as error:
-            self.warn("videos can't be written", str(error))
+            warn_once("videos", f"videos can't be written, training goes on: {error}")
             return
         if self.wandb:
             import wandb
@@ -180,12 +179,6 @@ class Logger:
                 artifact = wandb.Artifact(f"policy-{self.wandb_id}", type="policy", metadata=figures)
                 artifact.add_file(str(path))
                 self.wandb.log_artifact(artifact)
-
-    def warn(self, what: str, reason: str) -> None:
-        """Say `what` went wrong, and why, once in a run."""
-        if what not in self.warned:
-            warn(f"{what}, training goes on: {reason}")
-            self.warned.add(what)
 
     def close(self) -> None:
         """Write what is left and end the W&B run."""
@@ -207,7 +200,7 @@ class Logger:
             self.file.flush()
             self.size = self.file.tell()
         except OSError as error:
-            self.warn("metrics.jsonl can't be written", error.strerror or str(error))
+            warn_once("metrics", f"metrics.jsonl can't be written, training goes on: {error.strerror or error}")
 
     def _mirror(self, line: dict[str, Any]) -> None:
         """One step of W&B's, which goes on counting when a run is continued: parts of an offline run join in order."""
@@ -223,7 +216,8 @@ class Logger:
             yield
         except Exception as error:  # its settings' validation and a broken package raise more than wandb.Error
             self.wandb = None
-            self.warn("W&B is off from here on", (str(error) or type(error).__name__).splitlines()[0])
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            warn_once("W&B", f"W&B is off from here on, training goes on: {reason}")
             with contextlib.suppress(Exception):
                 import wandb
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import simulated
+from runtime import console
 
 REFERENCE_ERRORS = pytest.StashKey[list]()
 FILES_A_TABLE = 7  # columns
@@ -20,6 +21,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell without job control
         signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[REFERENCE_ERRORS] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_told_yet() -> None:
+    """What a test is warned of once, it is warned of whatever tests before it were warned of."""
+    console.told.clear()
 
 
 @pytest.fixture

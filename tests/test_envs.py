@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import gymnasium
@@ -16,7 +17,7 @@ from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 from fake_env import FakeEnv
 from runtime import envs
 from runtime.console import Failure, UserError
-from runtime.envs import BrokenEnv, RebuildingEnv, check_spaces, make_envs, make_vector_env
+from runtime.envs import BrokenEnv, RebuildingEnv, check_spaces, close_envs, make_envs, make_vector_env
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = {"cameras": ("agentview",), "image_size": 16, "action_repeat": 1, "episode_steps": 20}
@@ -204,6 +205,35 @@ def test_signals_that_reach_workers_are_the_parents_to_judge():
     finally:
         vector.close()
     assert not multiprocessing.active_children()
+
+
+class Slow(FakeEnv):
+    """The second of several environments never answers a step."""
+
+    def __init__(self, *, seed, **options):
+        super().__init__(seed=seed, **options)
+        self.seed = seed
+
+    def step(self, action):
+        time.sleep(1000 * self.seed)
+        return super().step(action)
+
+
+@pytest.mark.parametrize("how", ["idle", "owes an answer", "killed", "closed"])
+def test_closing_waits_for_no_worker(how):
+    """Not for one that is dead, nor for one that owes an answer; all are gone, and closing again is nothing."""
+    vector = make_envs(OPTIONS, 2, 0, Slow)
+    vector.reset()
+    if how == "owes an answer":
+        vector.step_async(np.stack([NOTHING, NOTHING]))
+    elif how == "killed":
+        vector.processes[1].kill()
+        vector.processes[1].join()
+    elif how == "closed":
+        close_envs(vector)
+    started = time.monotonic()
+    close_envs(vector)
+    assert time.monotonic() - started < 10 and vector.closed and not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("num_envs", [1, 2])

@@ -23,9 +23,10 @@ from runtime.evaluate import (
     OTHER_SEED,
     OWN_SEED,
     TRIES,
+    Episode,
     Evaluation,
     Player,
-    Recording,
+    Row,
     analyse,
     open_envs,
     open_loop_windows,
@@ -36,16 +37,17 @@ from tiny import ACTION_SIZE, image_shape, seeded, tiny_config, tiny_dreamer
 from train import PRESETS, Config, Dreamer, Prediction
 
 
-def recording(steps: int, seed: int = 0, terminal: bool = False, channels: int = 3) -> Recording:
+def recording(steps: int, seed: int = 0, terminal: bool = False, channels: int = 3, rewards=None) -> Episode:
     rng = np.random.default_rng(seed)
-    return Recording(
-        image=rng.integers(0, 256, (steps + 1, channels, 64, 64), dtype=np.uint8),
-        action=rng.uniform(-1, 1, (steps + 1, ACTION_SIZE)).astype(np.float32),
-        reward=np.r_[0, rng.uniform(0, 1, steps)].astype(np.float32),
-        success=np.arange(steps + 1) > steps // 2,
-        terminal=terminal,
-        renders=rng.integers(0, 256, (steps + 1, 256, 256, 3), dtype=np.uint8),
-    )
+    images = rng.integers(0, 256, (steps + 1, channels, 64, 64), dtype=np.uint8)
+    actions = rng.uniform(-1, 1, (steps + 1, ACTION_SIZE)).astype(np.float32)
+    rewards = np.float32(np.r_[0, rng.uniform(0, 1, steps)] if rewards is None else rewards)
+    successes = np.arange(steps + 1) > steps // 2
+    return Episode(1, rows=list(map(Row, images, actions, rewards, successes)), terminal=terminal)
+
+
+def rewards_of(episode: Episode) -> np.ndarray:
+    return np.array([row.reward for row in episode.rows])
 
 
 def evaluations(run_dir) -> list[dict]:
@@ -65,11 +67,11 @@ def test_episode_figures():
     never = EpisodeStats(repeat=1)
     never.add(0.5, False)
     assert "time_to_success" not in never.metrics() and never.metrics()["success"] == 0.0
-    summary = Evaluation([stats, never], []).summary()
+    summary = Evaluation([stats, never]).summary()
     assert summary["eval/return_mean"] == pytest.approx(1.35) and summary["eval/return_std"] == pytest.approx(0.85)
     assert summary["eval/success_rate"] == 0.5 and summary["eval/episodes"] == 2
     assert summary["eval/time_to_success_mean"] == 4 and summary["eval/max_reward_mean"] == pytest.approx(0.65)
-    assert "eval/time_to_success_mean" not in Evaluation([never], []).summary()
+    assert "eval/time_to_success_mean" not in Evaluation([never]).summary()
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -88,9 +90,10 @@ def test_open_loop_windows_are_whole_and_start_in_different_episodes():
     windows = open_loop_windows([*long, short])
     assert windows.image.shape[:2] == (50, 4)
     for column, (episode, start) in enumerate(((0, 0), (1, 0), (0, 50), (1, 50))):
-        rows = slice(start, start + 50)
-        assert torch.equal(windows.image[:, column], torch.as_tensor(long[episode].image[rows]))
-        assert torch.equal(windows.reward[:, column], torch.as_tensor(long[episode].reward[rows]))
+        rows = long[episode].rows[start : start + 50]
+        assert np.array_equal(windows.image[:, column], [row.image for row in rows])
+        assert np.array_equal(windows.action[:, column], [row.action for row in rows])
+        assert np.array_equal(windows.reward[:, column], [row.reward for row in rows])
     assert windows.is_first[0].all() and not windows.is_first[1:].any()
     assert open_loop_windows([short, recording(20)]).image.shape[:2] == (31, 1)
 
@@ -109,16 +112,14 @@ def known_agent(config, offset: float, value: float):
 def test_errors_of_a_known_model_are_found():
     """Squared image error, absolute reward error and value calibration of predictions that are off by known amounts."""
     config = tiny_config(discount=0.5)
-    episodes = [recording(60), recording(40, 1, terminal=True)]
-    for episode in episodes:
-        episode.reward[:] = np.linspace(0, 1, len(episode.reward))
+    episodes = [recording(n, n, n == 40, rewards=np.linspace(0, 1, n + 1)) for n in (60, 40)]
     metrics = analyse(known_agent(config, 0.2, 3.0), episodes, seeded()).metrics
     for k in (1, 5, 15, 45):
         assert metrics[f"openloop/image_mse_{k}"] == pytest.approx(0.04, rel=1e-4)
         assert metrics[f"openloop/reward_error_{k}"] == pytest.approx(0.1, rel=1e-4)
     for name in ("error", "error_hovering", "error_holding", "error_lifted"):
         assert metrics[f"reward/{name}"] == pytest.approx(0.1, rel=1e-4)
-    realised = [realised_return(e.reward, 3.0, e.terminal, 0.5) for e in episodes]
+    realised = [realised_return(rewards_of(e), 3.0, e.terminal, 0.5) for e in episodes]
     known = np.concatenate([realised[0][:-1], realised[1]])  # where the clock ended, the last row knows nothing
     assert metrics["behavior/value_predicted"] == pytest.approx(3.0)
     assert metrics["behavior/value_realised"] == pytest.approx(known.mean(), rel=1e-4)
@@ -127,8 +128,7 @@ def test_errors_of_a_known_model_are_found():
 
 def test_figures_that_cannot_be_had_are_left_out():
     """Open-loop steps beyond the episodes, and classes that no reward fell into or that the task does not have."""
-    episode = recording(30)
-    episode.reward[:] = 0.1
+    episode = recording(30, rewards=[0.1] * 31)
     agent = known_agent(tiny_config(), 0.0, 0.0)
     names = set(analyse(agent, [episode], seeded()).metrics)
     assert {"openloop/image_mse_15", "reward/error", "reward/error_hovering"} <= names
@@ -136,7 +136,7 @@ def test_figures_that_cannot_be_had_are_left_out():
     agent.config = tiny_config(task="Door")
     assert "reward/error_hovering" not in analyse(agent, [episode], seeded()).metrics
     agent.config = tiny_config(action_repeat=2)
-    episode.reward[:] = 1.1  # 0.55 a control step
+    episode = recording(30, rewards=[1.1] * 31)  # 0.55 a control step
     assert "reward/error_holding" in analyse(agent, [episode], seeded()).metrics
 
 
@@ -189,7 +189,12 @@ def test_an_env_that_cannot_render_trains_without_films(tmp_path, capsys):
 def test_a_policy_that_a_full_disk_refused_is_written_later(tmp_path, monkeypatch, capsys):
     """The best evaluation's policy is not lost: the next episode's end tries again."""
     write, refused = evaluate.write_file, []
-    summary = {"eval/return_std": 0.0, "eval/success_rate": 0.0, "eval/episodes": 1}
+
+    class Worse(Watched):
+        """The first evaluation is the best one."""
+
+        def spoil(self, reward):
+            return reward - 10 * len(self.seeds)
 
     def full(path, data):
         if path.name == "policy.pt" and len(refused) < 2:
@@ -198,8 +203,7 @@ def test_a_policy_that_a_full_disk_refused_is_written_later(tmp_path, monkeypatc
         write(path, data)
 
     monkeypatch.setattr(evaluate, "write_file", full)
-    monkeypatch.setattr(evaluate.Evaluation, "summary", lambda self: summary | {"eval/return_mean": -len(refused)})
-    assert train(tmp_path / "run") == 0
+    assert train(tmp_path / "run", make_env=Worse) == 0
     assert len(refused) == 2 and capsys.readouterr().out.count("policy.pt can't be written") == 1
     assert (tmp_path / "run/policy.pt").read_bytes() == refused[0] == refused[1]  # the first evaluation's
 
@@ -209,16 +213,14 @@ def test_the_last_evaluation_competes_over_the_same_starts_as_the_others(tmp_pat
     played = []
 
     def listen(self):
-        mean = float(np.mean([episode.total for episode in self.episodes]))
-        played.append((len(self.episodes), mean))
+        played.append([episode.total for episode in self.episodes])
         return summary(self)
 
     summary = evaluate.Evaluation.summary
     monkeypatch.setattr(evaluate.Evaluation, "summary", listen)
     assert train(tmp_path / "run", "--eval_episodes 2") == 0
-    compared = [mean for episodes, mean in played if episodes == 2]
-    assert max(episodes for episodes, _ in played) == 4
-    assert newest(tmp_path / "run")["evaluator"]["best"] == max(compared)
+    assert list(map(len, played)) == [2, 2, 4]
+    assert newest(tmp_path / "run")["evaluator"]["best"] == max(np.mean(totals[:2]) for totals in played)
     assert [line["eval/episodes"] for line in evaluations(tmp_path / "run")] == [2, 2, 4]
 
 
@@ -244,19 +246,21 @@ def play(num_envs: int, episodes: int = 7, film: bool = True, **options) -> Eval
 
 
 def assert_equal_evaluations(one: Evaluation, other: Evaluation) -> None:
-    assert [dataclasses.astuple(x) for x in one.episodes] == [dataclasses.astuple(x) for x in other.episodes]
-    assert one.failed == other.failed and len(one.recordings) == len(other.recordings)
-    for a, b in zip(one.recordings, other.recordings, strict=True):
-        for field in dataclasses.fields(Recording):
-            assert np.array_equal(getattr(a, field.name), getattr(b, field.name)), field.name
+    assert one.failed == other.failed
+    for a, b in zip(one.episodes, other.episodes, strict=True):
+        assert (a.number, a.attempt, a.terminal, a.metrics()) == (b.number, b.attempt, b.terminal, b.metrics())
+        assert np.array_equal(a.renders, b.renders)
+        for row, same in zip(a.rows, b.rows, strict=True):
+            assert all(map(np.array_equal, row, same))
 
 
 def test_as_many_episodes_run_at_once_as_there_are_environments():
     """The same returns, lengths, rows and pictures in the same order from 1, 2 and 3; only the first one is filmed."""
     alone = play(1)
     assert len({episode.length for episode in alone.episodes}) > 3 and len(alone.recordings) == evaluate.RECORDINGS
-    assert [x.renders is not None for x in alone.recordings] == [True] + [False] * 5 and alone.render_seconds > 0
-    assert len(alone.filmed.renders) == len(alone.filmed.image) == alone.episodes[0].length + 1
+    assert [bool(x.renders) for x in alone.episodes] == [True] + [False] * 6
+    assert [len(x.rows) for x in alone.episodes] == [x.length + 1 for x in alone.recordings] + [0]
+    assert len(alone.filmed.renders) == alone.episodes[0].length + 1
     for num_envs in (2, 3):
         assert_equal_evaluations(play(num_envs), alone)
 
@@ -271,7 +275,8 @@ def test_failed_episodes_are_played_again_in_workers_too(capsys):
         assert len(told) == 2 + TRIES and all("RuntimeError: contact" in line for line in told)
     assert results[0].failed == 1 and len(results[0].episodes) == len(results[0].recordings) == 6
     assert_equal_evaluations(*results)
-    assert play(1).episodes[1] == results[0].episodes[1] and play(1).episodes[0] != results[0].episodes[0]
+    whole, some = ([episode.metrics() for episode in result.episodes] for result in (play(1), results[0]))
+    assert whole[1] == some[1] and whole[0] != some[0]
 
 
 def test_recordings_are_of_the_first_episodes_that_could_be_played():
@@ -279,16 +284,17 @@ def test_recordings_are_of_the_first_episodes_that_could_be_played():
     bad = {EVAL_SEED + i + OTHER_SEED * attempt for i in (0, 1) for attempt in range(TRIES)}
     result = play(2, bad=bad)
     assert result.failed == 2 and result.filmed is not None
-    assert [x.image.shape[0] - 1 for x in result.recordings] == [x.length for x in result.episodes]
+    assert [len(x.rows) - 1 for x in result.episodes] == [x.length for x in result.episodes]
 
 
 def test_more_environments_than_episodes_rest():
-    """They are neither reset nor stepped."""
+    """They are neither reset nor stepped; the time that filming the others takes is measured."""
     config = tiny_config(num_envs=3, eval_episodes=3, episode_steps=20)
     with contextlib.closing(open_envs(config, UnevenEpisodes)) as envs:
-        result = Player(counting, envs, 1, torch.device("cpu")).play(1, film=False)
-        assert envs.get_attr("begun_with") == (EVAL_SEED, None, None)
-    assert result.episodes == play(1, 1).episodes
+        player = Player(counting, envs, 1, torch.device("cpu"))
+        result = player.play(1, film=True)
+        assert envs.get_attr("begun_with") == (EVAL_SEED, None, None) and player.watch.seconds["video"] > 0
+    assert_equal_evaluations(result, play(1, 1))
 
 
 @pytest.mark.parametrize("num_envs", [1, 2])
@@ -303,7 +309,7 @@ def test_an_environment_that_cannot_be_mended_is_told_without_a_traceback(num_en
     envs = open_envs(config, Unmendable)
     with pytest.raises(BrokenEnv, match="10 resets failed .* 100%d of it is broken"):
         Player(counting, envs, 1, torch.device("cpu")).play(2, film=False)
-    close_envs(envs, broken=True)
+    close_envs(envs)
     assert not multiprocessing.active_children() and "Traceback" not in capfd.readouterr().err
 
 

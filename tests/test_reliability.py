@@ -48,7 +48,7 @@ from faulty_env import (
     UnevenInfo,
     faulty,
 )
-from runtime import checkpoint, cli, device, envs, evaluate
+from runtime import checkpoint, cli, console, device, envs, evaluate
 from runtime.checkpoint import RunFolder
 from runtime.console import StopSignals, UserError
 from runtime.envs import RESET_TRIES, BrokenEnv, RebuildingEnv
@@ -188,7 +188,7 @@ DROPPED = [
 def resumes_otherwise(straight: dict, at: int, change, folder: Path) -> bool:
     """Whether the run, continued from a checkpoint that was changed, ends elsewhere, or not at all."""
     scratch(straight["copies"][at], folder)
-    state, path, _ = checkpoint.load_checkpoint(folder)
+    state, path = checkpoint.load_checkpoint(folder)
     change(state)
     path.unlink()
     checkpoint.save_checkpoint(folder, 20 * (at + 1), state)
@@ -249,7 +249,7 @@ def test_the_seed_decides_a_run_in_a_fresh_process(tmp_path):
 def test_another_torch_or_thread_count_is_said(straight, tmp_path, capsys):
     """One line names what keeps the resumed run from being exact."""
     folder = scratch(straight["copies"][6], tmp_path / "run")
-    state, path, _ = checkpoint.load_checkpoint(folder)
+    state, path = checkpoint.load_checkpoint(folder)
     state["versions"] |= {"torch": "1.0", "threads": 64}
     path.unlink()
     checkpoint.save_checkpoint(folder, state["step"], state)
@@ -548,7 +548,7 @@ def test_checkpoint_minutes_decide_when_and_the_best_is_kept(tmp_path):
     """Between two dates only a new best evaluation is saved; its checkpoint stays beside the last two."""
     assert faults.train(tmp_path / "run", "--checkpoint_minutes 60 --eval_every 20 --steps 200") == 0
     best = newest(tmp_path / "run")["best_step"]
-    steps = [checkpoint._step(path) for path in checkpoint.list_checkpoints(tmp_path / "run")]
+    steps = [checkpoint._number(path.name) for path in checkpoint.list_checkpoints(tmp_path / "run")]
     assert best in steps and steps[0] == 200 and len(steps) <= 3
 
 
@@ -659,7 +659,7 @@ def test_a_file_system_without_flock_and_folder_sync_costs_two_warnings(tmp_path
 
 def poor(patch: pytest.MonkeyPatch, name: str, error: int) -> None:
     """Let locks ("flock") or the fsync of folders ("fsync") fail with this error."""
-    patch.setattr(checkpoint, "_told", set())
+    console.told.clear()
     if name == "flock":
 
         def flock(*_):
@@ -1519,10 +1519,10 @@ def test_resume_is_exact_on_robosuite(tmp_path):
     finish(tmp_path / "straight")
     for steps in (60, 90, 120, 150):
         finish(tmp_path / str(steps), "--steps", str(steps))
-        state, path, _ = checkpoint.load_checkpoint(tmp_path / str(steps))
+        state, path = checkpoint.load_checkpoint(tmp_path / str(steps))
         before = checkpoint.list_checkpoints(tmp_path / str(steps))[1]  # of the episode before: no last step in it
         path.unlink()
-        assert checkpoint._step(before) < steps
+        assert checkpoint._number(before.name) < steps
         finish(tmp_path / str(steps))
         assert difference(fingerprint(tmp_path / str(steps)), fingerprint(tmp_path / "straight")) == ""
 
