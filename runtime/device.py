@@ -3,9 +3,11 @@
 import ctypes
 import math
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -94,16 +96,14 @@ def free_memory(root: Path = Path("/")) -> float:
 
     `root` is where /proc and /sys are looked for.
     """
-    return float(max(0, min([psutil.virtual_memory().available, *_free_in_cgroups(root)])))
-
-
-def _free_in_cgroups(root: Path) -> Iterator[int]:
-    """Bytes that are free in each control group of this process that has a limit."""
+    free = [psutil.virtual_memory().available]
     for controller, *names, cache in CGROUP_MEMORY:
         for group in _cgroups(root, controller):
-            limit_and_use = [*_numbers(group / names[0]), *_numbers(group / names[1])]
+            limit_and_use = [number for name in names for number in _numbers(group / name)]
             if len(limit_and_use) == 2:
-                yield limit_and_use[0] - limit_and_use[1] + _statistic(group / "memory.stat", cache)
+                taken_back = re.search(rf"^{cache} (\d+)$", _text(group / "memory.stat"), re.MULTILINE)
+                free.append(limit_and_use[0] - limit_and_use[1] + int(taken_back[1] if taken_back else 0))
+    return float(max(0, min(free)))
 
 
 def _cgroups(root: Path, controller: str) -> list[Path]:
@@ -111,108 +111,75 @@ def _cgroups(root: Path, controller: str) -> list[Path]:
 
     The controller is empty for version 2, where one tree has all controllers.
     """
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:  # not Linux
-        return []
     tree = root / "sys/fs/cgroup" / controller
-    paths = [path for _, names, path in (line.split(":", 2) for line in lines) if controller in names.split(",")]
-    inner = [tree / path.lstrip("/") for path in paths]
+    lines = (line.split(":", 2) for line in _text(root / "proc/self/cgroup").splitlines())
+    inner = [tree / path.lstrip("/") for _, names, path in lines if controller in names.split(",")]
     return [folder for group in inner for folder in (group, *group.parents) if folder.is_relative_to(tree)]
 
 
+def _text(path: Path) -> str:
+    """What a file of the system's says; nothing if there is none, as on another system."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
 def _numbers(path: Path) -> list[int]:
-    """The numbers in a file; none if there is no such file or if it says "max"."""
-    try:
-        return [int(word) for word in path.read_text().split()]
-    except (OSError, ValueError):
-        return []
-
-
-def _statistic(path: Path, name: str) -> int:
-    """The number behind a name in a file of names and numbers, 0 without it."""
-    try:
-        return int(dict(line.split(maxsplit=1) for line in path.read_text().splitlines()).get(name, 0))
-    except (OSError, ValueError):
-        return 0
+    """The numbers in a file; "max" and -1, which mean no limit, are none."""
+    return [int(word) for word in _text(path).split() if word.isdecimal()]
 
 
 def limit_threads(root: Path = Path("/")) -> None:
     """Let torch use no more threads than its container or job has processors; OMP_NUM_THREADS beats that."""
     if "OMP_NUM_THREADS" in os.environ:
         return
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else math.inf
-    usable = min([here, *_cgroup_processors(root)])
-    if usable < torch.get_num_threads():
-        torch.set_num_threads(max(1, math.floor(usable)))
-
-
-def _cgroup_processors(root: Path) -> Iterator[float]:
-    """Processors that each control group of this process may use at a time, if it has a limit."""
+    usable = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else math.inf]
     for group in (*_cgroups(root, ""), *_cgroups(root, "cpu")):
-        share = _numbers(group / "cpu.max")  # version 2: microseconds in each period, and the period's length
-        share = share or [*_numbers(group / "cpu.cfs_quota_us"), *_numbers(group / "cpu.cfs_period_us")]
-        if len(share) == 2 and min(share) > 0:  # -1: no limit
-            yield share[0] / share[1]
+        names = ("cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us")  # of version 2, and two files of version 1
+        quota_and_period = [number for name in names for number in _numbers(group / name)]  # microseconds
+        if len(quota_and_period) == 2:
+            usable.append(quota_and_period[0] / quota_and_period[1])
+    if min(usable) < torch.get_num_threads():
+        torch.set_num_threads(max(1, math.floor(min(usable))))
 
 
 # ------------------------------------------------------------------------------ gradients compared with the CPU's
 
 
 class RecordedDraws(Draws):
-    """Draws that are kept, so that a second computation, on any device, can be given the same."""
+    """Draws that are kept, or kept ones handed out again: to a second computation, on any device."""
 
-    def __init__(self, generator: torch.Generator | None = None):
+    def __init__(self, generator: torch.Generator | None = None, record: list[Tensor] | None = None):
         super().__init__(generator)
         self.record: list[Tensor] = []
+        self.again = None if record is None else iter(record)
 
-    def replay(self) -> "ReplayedDraws":
+    def replay(self) -> "RecordedDraws":
         """The same draws again, from the first on."""
-        return ReplayedDraws(self.record)
+        return RecordedDraws(record=self.record)
 
     def onehot(self, probs: Tensor) -> Tensor:
-        """See `Draws`; kept."""
-        return self._keep(super().onehot(probs))
+        """See `Draws`."""
+        return self._draw(probs.device, super().onehot, probs)
 
     def normal(self, mean: Tensor) -> Tensor:
-        """See `Draws`; kept."""
-        return self._keep(super().normal(mean))
+        """See `Draws`."""
+        return self._draw(mean.device, super().normal, mean)
 
     def trunc_normal(self, mean: Tensor, std: Tensor) -> Tensor:
-        """See `Draws`; kept."""
-        return self._keep(super().trunc_normal(mean, std))
+        """See `Draws`."""
+        return self._draw(mean.device, super().trunc_normal, mean, std)
 
     def subset(self, total: int, count: int, device: torch.device) -> Tensor:
-        """See `Draws`; kept."""
-        return self._keep(super().subset(total, count, device))
+        """See `Draws`."""
+        return self._draw(device, super().subset, total, count, device)
 
-    def _keep(self, draw: Tensor) -> Tensor:
-        self.record.append(draw.detach().clone())
-        return draw
-
-
-class ReplayedDraws(Draws):
-    """Hands out recorded draws in their order."""
-
-    def __init__(self, record: list[Tensor]):
-        super().__init__()
-        self.record = iter(record)
-
-    def onehot(self, probs: Tensor) -> Tensor:
-        """The next recorded draw."""
-        return next(self.record).to(probs.device)
-
-    def normal(self, mean: Tensor) -> Tensor:
-        """The next recorded draw."""
-        return next(self.record).to(mean.device)
-
-    def trunc_normal(self, mean: Tensor, std: Tensor) -> Tensor:  # noqa: ARG002
-        """The next recorded draw."""
-        return next(self.record).to(mean.device)
-
-    def subset(self, total: int, count: int, device: torch.device) -> Tensor:  # noqa: ARG002
-        """The next recorded draw."""
-        return next(self.record).to(device)
+    def _draw(self, device: torch.device, draw: Callable[..., Tensor], *args: Any) -> Tensor:
+        if self.again is not None:
+            return next(self.again).to(device)
+        self.record.append(draw(*args).detach())
+        return self.record[-1].clone()
 
 
 def check_gradients(agent: Dreamer, batch: Batch) -> None:

@@ -1,26 +1,25 @@
 import pytest
 import torch
 
+from faults import difference
+from runtime.checkpoint import snapshot
 from runtime.device import compare_with_cpu, gradient_deviation
 from tiny import random_batch, tiny_config, tiny_dreamer
 
 
 def test_comparing_gradients_changes_nothing():
-    """Equal devices deviate by nothing; weights, return range and global draws stay."""
+    """R31: equal devices deviate by nothing; the agent's state and the global draws stay."""
     config = tiny_config(return_norm=True, decode_fraction=0.5)
     agent = tiny_dreamer(config)
-    modules = agent.world_model, agent.behavior
-    before = [{name: value.clone() for name, value in module.state_dict().items()} for module in modules]
-    draws = torch.get_rng_state()
+    before, draws = snapshot(agent.state_dict()), torch.get_rng_state()
     deviation, _ = compare_with_cpu(agent, random_batch(config))
     assert deviation == 0.0
-    for module, values in zip(modules, before, strict=True):
-        assert all(torch.equal(value, values[name]) for name, value in module.state_dict().items())
+    assert difference(snapshot(agent.state_dict()), before) == ""
     assert torch.equal(torch.get_rng_state(), draws)
 
 
 def test_a_deviation_is_relative_to_the_gradient_and_found_with_its_name():
-    """One per mille is the limit; rounding in gradients that cancel is none; a NaN is."""
+    """R31: one per mille is the limit; rounding in gradients that cancel is none; a NaN is."""
     reference = {"a": torch.full((4,), 2.0), "b": torch.full((4,), 1e-9)}
     same = gradient_deviation({"a": torch.full((4,), 2.001), "b": torch.full((4,), 1.1e-9)}, reference)
     assert same == (pytest.approx(5e-4, rel=0.01), "a")

@@ -9,7 +9,6 @@ import re
 import resource
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -48,11 +47,11 @@ from faulty_env import (
     UnevenInfo,
     faulty,
 )
-from runtime import checkpoint, cli, console, device, envs, evaluate
+from runtime import checkpoint, cli, device, envs, evaluate
 from runtime.checkpoint import RunFolder
-from runtime.console import StopSignals, UserError
+from runtime.console import StopSignals
 from runtime.envs import RESET_TRIES, BrokenEnv, RebuildingEnv
-from tiny import descend, random_batch, tiny_config, tiny_dreamer
+from tiny import descend, tiny_config, tiny_dreamer
 
 ROOT = Path(__file__).parent.parent
 EPISODE = 20  # control steps
@@ -657,59 +656,6 @@ def test_a_file_system_without_flock_and_folder_sync_costs_two_warnings(tmp_path
     assert newest(tmp_path / "run")["step"] == 60
 
 
-def poor(patch: pytest.MonkeyPatch, name: str, error: int) -> None:
-    """Let locks ("flock") or the fsync of folders ("fsync") fail with this error."""
-    console.told.clear()
-    if name == "flock":
-
-        def flock(*_):
-            raise OSError(error, os.strerror(error))
-
-        patch.setattr("fcntl.flock", flock)
-        return
-    fsync = os.fsync
-
-    def fsync_files(fd):
-        if stat.S_ISDIR(os.fstat(fd).st_mode):
-            raise OSError(error, os.strerror(error))
-        fsync(fd)
-
-    patch.setattr(os, "fsync", fsync_files)
-
-
-@pytest.mark.parametrize("error", ["ENOSYS", "EINVAL", "EOPNOTSUPP", "ENOLCK"])
-def test_each_way_to_lack_a_lock_costs_a_warning(error, tmp_path, monkeypatch, capsys):
-    """ENOLCK is NFS's without a lock daemon. A folder that exists is locked before anything else, also there."""
-    poor(monkeypatch, "flock", getattr(errno, error))
-    for _ in range(2):
-        folder = RunFolder(tmp_path)
-        folder.claim(tiny_config())
-        folder.release()
-    line = capsys.readouterr().out
-    assert line.count("\n") == 1 and line.startswith("warning: this file system has no locks") and str(tmp_path) in line
-
-
-@pytest.mark.parametrize("error", ["ENOSYS", "EINVAL", "EOPNOTSUPP", "EBADF"])
-def test_each_way_to_lack_a_folder_sync_costs_a_warning(error, tmp_path, monkeypatch, capsys):
-    """The file itself is synced all the same."""
-    poor(monkeypatch, "fsync", getattr(errno, error))
-    for content in (b"old", b"new"):
-        checkpoint.write_file(tmp_path / "file", content)
-    assert (tmp_path / "file").read_bytes() == b"new"
-    line = capsys.readouterr().out
-    assert line.count("\n") == 1 and line.startswith("warning: this file system can't sync a folder")
-
-
-def test_an_error_of_the_disk_is_no_lack_of_a_guarantee(tmp_path, monkeypatch):
-    """EIO is an error: of a lock before anything is built, of a sync for the save."""
-    poor(monkeypatch, "flock", errno.EIO)
-    with pytest.raises(UserError, match="can't be locked: Input/output error"):
-        RunFolder(tmp_path)
-    poor(monkeypatch, "fsync", errno.EIO)
-    with pytest.raises(OSError, match="Input/output error"):
-        checkpoint.write_file(tmp_path / "file", b"")
-
-
 def test_a_lock_that_is_taken_is_no_lack_of_locks(tmp_path, capsys):
     """Where the file system has them, a second process is kept out, and no warning is printed."""
     holder = RunFolder(tmp_path)
@@ -1164,7 +1110,7 @@ def test_gradients_that_differ_from_the_cpus_stop_the_run(tmp_path, monkeypatch,
 
     def wrong(agent, batch, draws):
         found = gradients(agent, batch, draws)
-        if isinstance(draws, device.RecordedDraws):
+        if draws.again is None:
             return found  # the reference
         name = next(iter(found))
         return found | {name: found[name] * 1.01}
@@ -1176,27 +1122,6 @@ def test_gradients_that_differ_from_the_cpus_stop_the_run(tmp_path, monkeypatch,
     error = capsys.readouterr().err
     assert "wrong gradients (world_model." in error and "--device cpu" in error and error.count("\n") == 1
     assert newest(tmp_path / "wrong")["agent"]["updates"] == 0
-
-
-def test_comparing_gradients_changes_nothing():
-    """R31: equal devices deviate by nothing; weights, return range and global draws stay."""
-    config = tiny_config(return_norm=True, decode_fraction=0.5)
-    agent = tiny_dreamer(config)
-    before, draws = checkpoint.snapshot(agent.state_dict()), torch.get_rng_state()
-    deviation, _ = device.compare_with_cpu(agent, random_batch(config))
-    assert deviation == 0.0
-    assert difference(checkpoint.snapshot(agent.state_dict()), before) == ""
-    assert torch.equal(torch.get_rng_state(), draws)
-
-
-def test_a_deviation_is_relative_to_the_gradient_and_found_with_its_name():
-    """R31: one per mille is the limit; rounding in gradients that cancel is none; a NaN is."""
-    reference = {"a": torch.full((4,), 2.0), "b": torch.full((4,), 1e-9)}
-    same = device.gradient_deviation({"a": torch.full((4,), 2.001), "b": torch.full((4,), 1.1e-9)}, reference)
-    assert same == (pytest.approx(5e-4, rel=0.01), "a")
-    off = device.gradient_deviation(reference | {"b": torch.full((4,), 0.1)}, reference)
-    assert off[0] > 1 and off[1] == "b"
-    assert device.gradient_deviation(reference | {"a": torch.full((4,), float("nan"))}, reference)[0] == float("inf")
 
 
 # ------------------------------------------------------------------------------------------ another number of envs
