@@ -5,7 +5,7 @@ import io
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,26 +63,6 @@ UNREADABLE = (OSError, ImportError, RuntimeError, ValueError, IndexError)  # a d
 
 
 @dataclass
-class Picture:
-    """An image within the page."""
-
-    title: str
-    source: str  # data: URI
-    about: str = ""  # shown while the pointer is on the image
-
-
-@dataclass
-class Film:
-    """Frames of a video, or the problem with it."""
-
-    kind: str
-    title: str
-    after: str = ""
-    pictures: list[Picture] = field(default_factory=list)
-    problem: str = ""
-
-
-@dataclass
 class RunData:
     """What a run folder holds, in the form in which the page shows it."""
 
@@ -94,13 +74,13 @@ class RunData:
     config: dict[str, Any]
 
     def series(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return control steps and values of a metric, (N,) each."""
+        """Control steps and values of a metric, (N,) each."""
         points = [(line["env_step"], line[metric]) for line in self.lines if metric in line]
         steps, values = np.array(points, float).reshape(-1, 2).T
         return steps, values
 
     def about(self) -> str:
-        """Return what the run is, in one line."""
+        """What the run is, in one line."""
         words = [f"{name} {self.config[name]}" for name in FACTS if name in self.config]
         written = time.localtime((self.folder / "metrics.jsonl").stat().st_mtime)
         words.append(f"last metrics {time.strftime('%Y-%m-%d %H:%M', written)}")
@@ -109,7 +89,7 @@ class RunData:
         return " · ".join(words)
 
     def cards(self) -> list[tuple[str, str]]:
-        """Return the key figures as (label, value)."""
+        """The key figures as (label, value)."""
         total = self.config.get("steps")
         cards = [("control steps" + (f" of {total:,}" if total else ""), f"{self.lines[-1]['env_step']:,}")]
         returns, success = self.series("eval/return_mean")[1], self.series("eval/success_rate")[1]
@@ -122,26 +102,25 @@ class RunData:
         return cards + [(label, text) for label, form in CARDS.items() if (text := _fill(form, latest))]
 
     def evaluations(self) -> list[tuple[bool, list[str]]]:
-        """Return the rows of the table of evaluations, each with whether its return is the best."""
+        """The rows of the table of evaluations, each with whether its return is the best."""
         lines = [line for line in self.lines if "eval/return_mean" in line]
         best = max(lines, key=lambda line: line["eval/return_mean"], default=None)
         return [(line is best, [_fill(form, line) or "–" for form in COLUMNS.values()]) for line in lines]
 
-    def films(self) -> Iterator[Film]:
-        """Yield frames of the newest video of each kind."""
+    def films(self) -> Iterator[dict[str, Any]]:
+        """Frames of the newest video of each kind, or the problem with it."""
         for kind, (title, shares) in FILMS.items():
-            if videos := sorted((self.folder / "videos").glob(f"{kind}_*.mp4")):
-                film = Film(kind, title)
+            for path in sorted((self.folder / "videos").glob(f"{kind}_*.mp4"))[-1:]:
+                film = {"kind": kind, "title": title, "after": ""}
                 try:
-                    film.after = f"after {int(videos[-1].stem.split('_')[-1]):,} steps"
-                    film.pictures = [_picture(title, "jpeg", data) for data in _frames(videos[-1], shares)]
+                    film["after"] = f"after {int(path.stem.split('_')[-1]):,} steps"
+                    yield film | {"pictures": [_picture(title, "jpeg", data) for data in _frames(path, shares)]}
                 except UNREADABLE as error:
-                    film.problem = f"{videos[-1].name} could not be read: {error}"
-                yield film
+                    yield film | {"problem": f"{path.name} could not be read: {error}"}
 
 
 def write_report(folders: Sequence[Path]) -> Path:
-    """Write report.html about the runs into the first one's folder and return its path.
+    """Write report.html about the runs into the first one's folder; the path.
 
     Raises UserError if there is nothing to show or the file can't be written.
     """
@@ -204,7 +183,7 @@ def _page(runs: list[RunData]) -> str:
 
 
 def _fill(form: str, line: dict[str, float]) -> str:
-    """Return the form with the line's metrics in it, or nothing if one was not measured."""
+    """The form with the line's metrics in it, or nothing if one was not measured."""
     try:
         return form.format_map(line)
     except KeyError:
@@ -215,12 +194,13 @@ def _constant(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value) or "–"
 
 
-def _picture(title: str, kind: str, data: bytes, about: str = "") -> Picture:
-    return Picture(title, f"data:image/{kind};base64,{base64.b64encode(data).decode()}", about)
+def _picture(title: str, kind: str, data: bytes, about: str = "") -> dict[str, str]:
+    """An image within the page; `about` is shown while the pointer is on it."""
+    return {"title": title, "source": f"data:image/{kind};base64,{base64.b64encode(data).decode()}", "about": about}
 
 
 def _frames(path: Path, shares: Sequence[float]) -> list[bytes]:
-    """Return the frames at these shares of a video's length, as JPEG."""
+    """The frames at these shares of a video's length, as JPEG."""
     import imageio.v2 as imageio
 
     frames = imageio.mimread(path, memtest=False)
@@ -231,7 +211,7 @@ def _frames(path: Path, shares: Sequence[float]) -> list[bytes]:
 # ---------------------------------------------------------------------------------------------- plots
 
 
-def _plots(panels: Sequence[Panel], runs: list[RunData], logged: set[str]) -> list[Picture]:
+def _plots(panels: Sequence[Panel], runs: list[RunData], logged: set[str]) -> list[dict[str, str]]:
     """Draw the panels of which some run has metrics, given the names of all that the runs have logged."""
     plots = []
     for panel in panels:

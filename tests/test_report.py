@@ -12,7 +12,7 @@ import pytest
 import run
 from runtime import report
 from runtime.console import UserError
-from runtime.metrics import METRICS
+from runtime.metrics import meaning
 from runtime.report import write_report
 from runtime.video import write_video
 
@@ -87,8 +87,8 @@ def test_names_are_text_in_the_report(page):
 
 
 def test_a_plot_says_what_its_metrics_are(page):
-    """The sentences of the table of metrics show up under the pointer."""
-    assert f'title="model/kl: {METRICS["model/kl"]}' in page and 'alt="my/own" src=' in page
+    """The sentences of docs/metrics.md show up under the pointer."""
+    assert f'title="model/kl: {meaning("model/kl")}' in page and 'alt="my/own" src=' in page
 
 
 def test_a_figure_that_was_not_measured_is_a_dash(page):
