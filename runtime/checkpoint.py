@@ -33,8 +33,7 @@ from runtime.console import Failure, UserError, say, told, warn, warn_once
 from runtime.logger import Logger
 from train import MAX_SKIPPED_IN_A_ROW, Config, Dreamer, Policy
 
-NAME = re.compile(r"checkpoint_(\d+)_([0-9a-f]{16})\.pt")
-EPISODE_NAME = re.compile(r"episode_(\d+)_([0-9a-f]{16})\.npz")
+NAME = re.compile(r"(?:checkpoint|episode)_(\d+)_([0-9a-f]{16})\.(?:pt|npz)")
 KEEP = 2  # newest checkpoints that stay on disk
 LOCK_NAME = "lock"
 OUTPUTS = ("metrics.jsonl", "policy.pt", "replay", "videos", "wandb", "report.html")  # of a run, beside checkpoints
@@ -72,19 +71,19 @@ def _sync_folder(path: Path) -> None:
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
-        lack = f"this file system can't sync a folder ({error.strerror}): a power cut may undo the last save"
-        warn_once("folder", lack)
+        what = f"this file system can't sync a folder ({error.strerror})"
+        warn_once("folder", f"{what}: a power cut may undo the last save")
     finally:
         os.close(folder)
 
 
-def _read_verified(path: Path, name: re.Pattern[str]) -> bytes:
-    """The bytes of a file whose name, matching `name`, carries their hash; Damaged if they differ."""
+def _read_verified(path: Path) -> bytes:
+    """The bytes of a file whose name carries their hash; Damaged if they differ."""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise Damaged(f"{path.name}: {error.strerror}") from error
-    match = name.fullmatch(path.name)
+    match = NAME.fullmatch(path.name)
     if match is None or _digest(data) != match[2]:
         raise Damaged(f"{path.name} is damaged (its bytes do not match the hash in its name)")
     return data
@@ -112,8 +111,7 @@ def _number(name: str) -> int:
 class RunFolder:
     """A run folder, locked from here to `release` if it exists, else from `claim` on.
 
-    Args:
-        path: UserError if it can't be one; Failure if another process works there.
+    UserError if the path can't be one; Failure if another process works there.
     """
 
     def __init__(self, path: Path):
@@ -164,8 +162,8 @@ class RunFolder:
             reason = getattr(error, "strerror", None) or str(error)
             if getattr(error, "errno", errno.ENOSYS) not in UNSUPPORTED:
                 raise UserError(f"run_dir {self.path} can't be locked: {reason}") from error
-            lack = f"this file system has no locks ({reason}): nothing keeps a second process out of {self.path}"
-            warn_once("lock", lack)
+            what = f"this file system has no locks ({reason})"
+            warn_once("lock", f"{what}: nothing keeps a second process out of {self.path}")
 
     def _set_damaged_aside(self) -> None:
         """Rename checkpoints newer than the one that was loaded: left there, they would count among the last two."""
@@ -179,8 +177,8 @@ class RunFolder:
         earlier = [self.path / name for name in OUTPUTS if (self.path / name).exists()]
         if not earlier:
             return
-        number = next(n for n in itertools.count(1) if not (self.path / f"earlier_{n}").exists())
-        aside = self.path / f"earlier_{number}"
+        paths = (self.path / f"earlier_{number}" for number in itertools.count(1))
+        aside = next(path for path in paths if not path.exists())
         aside.mkdir()
         for path in earlier:
             path.rename(aside / path.name)
@@ -245,8 +243,7 @@ def load_checkpoint(run_dir: Path) -> tuple[dict[str, Any], Path] | None:
     damaged: list[str] = []
     for path in list_checkpoints(run_dir):
         try:
-            data = _read_verified(path, NAME)
-            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            state = torch.load(io.BytesIO(_read_verified(path)), map_location="cpu", weights_only=True)
         except Damaged as error:
             damaged.append(str(error))
         except (RuntimeError, UnpicklingError):
@@ -340,19 +337,17 @@ class Checkpointer:
         """
         if self.held is None or (self.held["step"] == self.saved_step and not env_failed):
             return
-        if env_failed:
-            self.held["collector"]["restarts"] += 1
-        step = self.held["step"]
+        self.held["collector"]["restarts"] += env_failed
         try:
-            save_checkpoint(self.run_dir, step, self.held, self.held["best_step"])
-            self.saved_step, self.saved_at = step, time.monotonic()
+            save_checkpoint(self.run_dir, self.held["step"], self.held, self.held["best_step"])
+            self.saved_step, self.saved_at = self.held["step"], time.monotonic()
             self.replay.prune()
         except (OSError, RuntimeError) as error:  # torch.save turns some errors of the system into RuntimeErrors
             self._warn(error)
             return
         if "checkpoint" in told:
             told.remove("checkpoint")
-            say(f"step {step}: saved again")
+            say(f"step {self.saved_step}: saved again")
 
     def _warn(self, error: Exception) -> None:
         warn_once("checkpoint", f"{self.run_dir} can't be written to, training goes on: {error}")
@@ -429,10 +424,7 @@ class GlobalGenerators:
 class ReplayFiles:
     """The finished episodes of a replay on disk, one file each, written once and never changed.
 
-    Args:
-        run_dir: the run folder.
-        replay: whose episodes are written, and restored.
-        enabled: false writes none, and the next checkpoint lists none.
+    If not `enabled`, none is written, and the next checkpoint lists none.
     """
 
     def __init__(self, run_dir: Path, replay: ReplayBuffer, enabled: bool):
@@ -457,10 +449,10 @@ class ReplayFiles:
     def state_dict(self) -> dict[str, Any]:
         """The sampling generator, and (file, ring, rows left) of each finished episode; call `write` before."""
         index = [(x.file, env, x.length) for env, x in self._finished()] if self.enabled else []
-        newest = max((episode.number for _, episode in self._finished()), default=-1)
-        self.listed = min((_number(name) for name, _, _ in index), default=newest + 1)
+        following = 1 + max((episode.number for _, episode in self._finished()), default=-1)
+        self.listed = min((_number(name) for name, _, _ in index), default=following)
         rings = len(self.replay.episodes)
-        return {"index": index, "rings": rings, "next": newest + 1, "rng": self.replay.rng.bit_generator.state}
+        return {"index": index, "rings": rings, "next": following, "rng": self.replay.rng.bit_generator.state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Fill the empty replay with the episodes that a state lists and delete those that came later.
@@ -512,15 +504,15 @@ class ReplayFiles:
 
     def _delete(self, condition: Callable[[int], bool]) -> None:
         for path in self.folder.glob("episode_*.npz"):
-            if EPISODE_NAME.fullmatch(path.name) and condition(_number(path.name)):
+            if NAME.fullmatch(path.name) and condition(_number(path.name)):
                 path.unlink()
 
 
 def _load_episode(path: Path) -> dict[str, np.ndarray]:
     """The columns of an episode's file; Damaged if it is missing, damaged or something else."""
-    data = _read_verified(path, EPISODE_NAME)
+    data = io.BytesIO(_read_verified(path))
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as columns:
+        with np.load(data, allow_pickle=False) as columns:
             return dict(columns)
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise Damaged(f"{path.name} holds something else than plain arrays: refused") from error
@@ -540,13 +532,13 @@ def policy_file(policy: Policy, config: Config, **about: float) -> bytes:
     return _torch_bytes(known | about)
 
 
-def load_policy(path: str | Path, device: torch.device | str = "cpu") -> tuple[Policy, Config]:
-    """The policy of a `policy.pt` and the configuration that it was trained with.
+def load_policy(path: str | Path) -> tuple[Policy, Config]:
+    """The policy of a `policy.pt`, on the CPU, and the configuration that it was trained with.
 
     Raises UserError if the file is not there or is not a policy of this release.
     """
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(saved, dict):  # a tensor would answer to a name with a warning of torch's
             raise TypeError("no policy")
         config = Config(**saved["config"])
@@ -558,4 +550,4 @@ def load_policy(path: str | Path, device: torch.device | str = "cpu") -> tuple[P
         raise UserError(f"there is no policy file {path}") from error
     except Exception as error:  # torch.load raises almost anything for files that aren't its own
         raise UserError(f"{path} is no policy file of this release: {type(error).__name__}") from error
-    return policy.to(device).eval(), config
+    return policy.eval(), config

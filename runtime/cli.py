@@ -222,15 +222,15 @@ def check_config(config: Config) -> None:
 
 def check_same_run(run_dir: Path, saved: dict[str, Any], config: Config) -> None:
     """Refuse to continue a run with other fixed constants (UserError); say which other constants changed."""
-    no_matter = {"rotation_scale"} if config.controller != "OSC_POSE" else set()
+    fixed = {*marked("fixed")} - ({"rotation_scale"} if config.controller != "OSC_POSE" else set())
     for name, new in dataclasses.asdict(config).items():
-        old = saved.get(name)
-        if old is None or tuple(old) == new if isinstance(new, tuple) else old == new:
-            continue
-        if name in marked("fixed") and name not in no_matter:
+        if name in fixed and name not in saved:  # its default of today may not be what it was
+            raise UserError(f"the run in {run_dir} is from another release, without {name}: choose another --run_dir")
+        old = saved.get(name, new)
+        if name in fixed and old != new:
             made = f"the run in {run_dir}, made with {_text(old)}"
             raise UserError(f"{name} {_text(new)} does not fit {made}: choose another --run_dir")
-        if name not in ("run_dir", "device", "wandb"):
+        if old != new and name not in ("run_dir", "device", "wandb"):
             say(f"changed since the checkpoint: {name} {_text(old)} -> {_text(new)}")
 
 

@@ -12,8 +12,8 @@ import torch
 from gymnasium.vector import AsyncVectorEnv
 
 from buffer import ReplayBuffer, Transition
-from runtime.console import StopSignals, warn
-from runtime.envs import BrokenEnv, EnvFailure, Envs, dead_workers
+from runtime.console import StopSignals, warn, warn_once
+from runtime.envs import BrokenEnv, EnvFailure, Envs, dead_workers, faults
 from runtime.logger import Stopwatch
 from train import ActState, Config, Dreamer
 
@@ -24,12 +24,9 @@ class GripperHold:
     """Exploration that now and then holds a random command of the gripper, the last action, for several steps.
 
     Only the sign of that action counts, and RoboSuite's fingers need about 0.4 s to open or close. Signs drawn anew
-    every step leave them half open, where the cube doesn't fit between them.
-
-    Args:
-        share: of the policy's episodes that are disturbed; of the random actions before training, all are, unless 0.
-        num_envs: environments that are told apart.
-        rng: what it draws from. Where a run goes on, its state is all that has to come back.
+    every step leave them half open, where the cube doesn't fit between them. A `share` of the policy's episodes is
+    disturbed, and all random actions before training are, unless it is 0. When a run goes on, only the state of `rng`
+    has to come back.
     """
 
     START = 0.1  # chance of a disturbed policy's step to begin a hold
@@ -125,15 +122,8 @@ class Collector:
     """Acts in the environments, one agent step at a time in all of them, and writes what happens into the replay.
 
     A round is `act` (begin episodes, choose actions, let the environments step), `observe` (take what they answer) and
-    `finish_episodes`. Between the first two, workers step on their own.
-
-    Args:
-        config: the run's constants.
-        envs: the training environments; each row of theirs goes to a ring of its own in the replay.
-        agent: whose policy acts; before its first update, actions are random.
-        replay: where rows go.
-        watch: told the seconds that stepping and acting take.
-        stop: asked whether a worker has ended because the whole run is to stop.
+    `finish_episodes`. Between the first two, workers step on their own. Each environment has a ring of its own in the
+    replay.
     """
 
     def __init__(
@@ -163,14 +153,13 @@ class Collector:
         self.image = np.zeros(0, np.uint8)
         self.action = np.zeros(0)
         self.act_state: ActState | None = None
-        self.told_of_ends = False
 
     def act(self) -> None:
         """Begin the episodes that are due, choose all actions, and let the environments start to step."""
         if self.resets.any():
             with self.watch("env"), self._env_failures():
                 self.image, info = self.envs.reset(options={"reset_mask": self.resets.copy()})
-            self._tell_faults(info)
+                self._tell_faults(info)
             for i in np.flatnonzero(self.resets):
                 self.replay.add(Transition(self.image[i], np.zeros(self.agent.action_size), 0.0, True, False), i)
                 self.stats[i], self.failed[i] = EpisodeStats(self.config.action_repeat), False
@@ -187,14 +176,14 @@ class Collector:
             envs = self.envs
             answer = envs.step_wait() if isinstance(envs, AsyncVectorEnv) else envs.step(self.action)
             self.image, reward, terminated, truncated, info = answer
-        failed = self._tell_faults(info)
+            failed = self._tell_faults(info)
         success = info.get("success", np.zeros(len(failed), bool))
         for i in np.flatnonzero(~failed):
             self.replay.add(Transition(self.image[i], self.action[i], reward[i], False, terminated[i]), i)
             self.stats[i].add(float(reward[i]), bool(success[i]))
-        if terminated.any() and not self.config.discount_head and not self.told_of_ends:
-            warn("the task ends episodes itself, but the model does not learn that: --discount_head true does")
-            self.told_of_ends = True
+        if terminated.any() and not self.config.discount_head:
+            why = "the task ends episodes itself, but the model does not learn that: --discount_head true does"
+            warn_once("ends", why)
         self.step += self.config.num_envs * self.config.action_repeat
         self.failed |= failed
         self.resets = terminated | truncated
@@ -262,7 +251,7 @@ class Collector:
 
     def _tell_faults(self, info: dict[str, Any]) -> np.ndarray:
         """Say which environments were built anew; (num_envs,) bool."""
-        failed = np.asarray(info.get("_env_error", np.zeros(self.config.num_envs)), bool)
+        failed = faults(self.envs, info)
         for i in np.flatnonzero(failed):
             self.last_fault = info["env_error"][i]
             warn(f"environment {i} was rebuilt after a fault: {self.last_fault}")

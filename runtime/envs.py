@@ -45,106 +45,53 @@ class RebuildingEnv(gymnasium.Wrapper):
     A fault is an exception in `step` or `reset`, an image of another type or shape than the space's, a reward that is
     no finite float32, or an info that is no dict. In `step` it ends the episode: the last image once more, no reward,
     truncated. In `reset` it is followed by other draws, RESET_TRIES times. Either is told in info["env_error"], one
-    line; beside that, only info["success"] is passed on, since a vector of environments can't stack all that an info
-    may hold. Raises BrokenEnv if other draws do not help; what the first `build` raises passes through.
+    line. What can't be mended is told in info["broken"] and not raised: a worker that raises ends, with a traceback.
+    Beside these, only info["success"] is passed on, since a vector of environments can't stack all that an info may
+    hold. What the first `build` raises passes through.
 
-    Args:
-        build: makes the environment.
+    Between episodes a step does nothing, so that an episode can begin and end beside others that go on.
     """
 
     def __init__(self, build: Callable[[], gymnasium.Env]) -> None:
         super().__init__(build())
         self._build = build
-        self._image: np.ndarray | None = None
+        self._image = np.zeros(self.observation_space.shape or (), self.observation_space.dtype)  # the last one
+        self._seed: int | None = None  # that drew the present episode
+        self._ended = True
 
     def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
         """Begin an episode; see the class for what happens after a fault."""
+        self._seed = kwargs.get("seed")
         told: dict[str, str] = {}
         for _ in range(RESET_TRIES):
             try:
                 image, info = self.env.reset(**kwargs)
-                self._check(image, 0.0, info)
-                success = bool(info.get("success", False))
+                success = self._check(image, 0.0, info)
             except FAULTS as error:
                 told = {"env_error": describe_error(error)}
                 kwargs.pop("seed", None)  # which would repeat the draws
-                self._rebuild()
+                if broken := self._rebuild():
+                    return self._image, broken
                 self.env.np_random.random()  # in case that no draw was made before the fault
             else:
-                self._image = image
+                self._image, self._ended = image, False
                 return image, {"success": success, **told}
-        raise BrokenEnv(f"{RESET_TRIES} resets failed one after the other, the last with {told['env_error']}")
+        reason = f"{RESET_TRIES} resets failed one after the other, the last with {told['env_error']}"
+        return self._image, {"broken": reason}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """One agent step; see the class for what happens after a fault."""
+        if self._ended:
+            return self._image, 0.0, False, True, {}
         try:
             image, reward, terminated, truncated, info = self.env.step(action)
-            self._check(image, reward, info)
-            success = bool(info.get("success", False))
-            answer = image, float(reward), bool(terminated), bool(truncated), {"success": success}
+            told = {"success": self._check(image, reward, info)}
+            reward, terminated, truncated = float(reward), bool(terminated), bool(truncated)
         except FAULTS as error:
-            self._rebuild()
-            assert self._image is not None
-            return self._image, 0.0, False, True, {"success": False, "env_error": describe_error(error)}
-        self._image = image
-        return answer
-
-    def close(self) -> None:
-        """Close the environment; one that can't even close is let go."""
-        with contextlib.suppress(*FAULTS):
-            self.env.close()
-
-    def _check(self, image: np.ndarray, reward: Any, info: Any) -> None:
-        """Here, because on its way to the replay an image is cast to the space's type, NaNs included."""
-        space = self.env.observation_space
-        if image.dtype != space.dtype or image.shape != space.shape:
-            raise ValueError(f"an image of {image.dtype} {image.shape}, not of {space.dtype} {space.shape}")
-        if not math.isfinite(reward) or abs(reward) > FLOAT32_MAX:
-            raise ValueError(f"a reward of {reward}")
-        if not isinstance(info, dict):
-            raise TypeError(f"an info of {type(info).__name__}, not a dict")
-
-    def _rebuild(self) -> None:
-        generator = self.env.np_random
-        self.close()
-        try:
-            self.env = self._build()
-        except FAULTS as error:
-            raise BrokenEnv(f"an environment can't be built anew: {describe_error(error)}") from error
-        self.env.np_random = generator
-
-
-class EvalEnv(RebuildingEnv):
-    """An environment of an evaluation, which begins and ends its episodes beside others that step with it.
-
-    Where no episode runs, a step does nothing. What can't be mended is told in info["broken"], one line, and not
-    raised: a worker that raises ends, with a traceback.
-    """
-
-    def __init__(self, build: Callable[[], gymnasium.Env]) -> None:
-        super().__init__(build)
-        self._seed: int | None = None  # of the present episode
-        self._ended = True
-
-    def reset(self, *, seed: int | None = None, **_: Any) -> tuple[np.ndarray, dict[str, Any]]:
-        """Begin the episode that `seed` draws."""
-        try:
-            answer = super().reset(seed=seed)
-        except BrokenEnv as error:
-            return self._nothing(), {"broken": str(error)}
-        self._seed, self._ended = seed, False
-        return answer
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """One agent step, or nothing where no episode runs."""
-        if self._ended:
-            return self._nothing(), 0.0, False, True, {}
-        try:
-            answer = super().step(action)
-        except BrokenEnv as error:
-            return self._nothing(), 0.0, False, True, {"broken": str(error)}
-        self._ended = answer[2] or answer[3]
-        return answer
+            image, reward, terminated, truncated = self._image, 0.0, False, True
+            told = self._rebuild() or {"success": False, "env_error": describe_error(error)}
+        self._image, self._ended = image, terminated or truncated
+        return image, reward, terminated, truncated, told
 
     def frame(self, seed: int) -> np.ndarray | str | None:
         """What the episode of `seed` looks like, uint8 (H, W, 3), or why that can't be had; None in other episodes."""
@@ -158,8 +105,32 @@ class EvalEnv(RebuildingEnv):
             return f"render() raised {error!r}"
         return frame
 
-    def _nothing(self) -> np.ndarray:
-        return np.zeros(self.observation_space.shape or (), self.observation_space.dtype)
+    def close(self) -> None:
+        """Close the environment; one that can't even close is let go."""
+        with contextlib.suppress(*FAULTS):
+            self.env.close()
+
+    def _check(self, image: np.ndarray, reward: Any, info: Any) -> bool:
+        """Whether the task is solved. Checked here: on its way to the replay an image is cast to the space's type."""
+        space = self.env.observation_space
+        if image.dtype != space.dtype or image.shape != space.shape:
+            raise ValueError(f"an image of {image.dtype} {image.shape}, not of {space.dtype} {space.shape}")
+        if not math.isfinite(reward) or abs(reward) > FLOAT32_MAX:
+            raise ValueError(f"a reward of {reward}")
+        if not isinstance(info, dict):
+            raise TypeError(f"an info of {type(info).__name__}, not a dict")
+        return bool(info.get("success", False))
+
+    def _rebuild(self) -> dict[str, Any]:
+        """Build the environment anew; an info that tells why that failed, empty if it did not."""
+        generator = self.env.np_random
+        self.close()
+        try:
+            self.env = self._build()
+        except FAULTS as error:
+            return {"broken": f"an environment can't be built anew: {describe_error(error)}"}
+        self.env.np_random = generator
+        return {}
 
 
 def describe_error(error: BaseException) -> str:
@@ -168,12 +139,9 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {error} ({os.path.basename(place.filename)}:{place.lineno})".replace("\n", " ")
 
 
-def make_vector_env(builders: Sequence[Callable[[], gymnasium.Env]], kind: type[RebuildingEnv] = RebuildingEnv) -> Envs:
-    """Environments of a kind that is built anew after a fault, which step together.
-
-    One lives in this process, several in spawned workers that end with it.
-    """
-    makers = [functools.partial(_rebuilding, build, kind) for build in builders]
+def make_vector_env(builders: Sequence[Callable[[], gymnasium.Env]]) -> Envs:
+    """Environments that step together: one lives in this process, several in spawned workers that end with it."""
+    makers = [functools.partial(_rebuilding, build) for build in builders]
     if len(makers) == 1:
         return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.DISABLED)
     with _light_workers():
@@ -198,14 +166,14 @@ def _light_workers() -> Iterator[None]:
         main.__spec__, main.__file__ = spec, file
 
 
-def _rebuilding(build: Callable[[], gymnasium.Env], kind: type[RebuildingEnv]) -> RebuildingEnv:
+def _rebuilding(build: Callable[[], gymnasium.Env]) -> RebuildingEnv:
     if multiprocessing.parent_process() is not None:
         for name in ("SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):  # reach workers too; the parent decides
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), signal.SIG_IGN)
         threading.Thread(target=_end_with_parent, daemon=True).start()
         sys.stdout, sys.stderr = Tolerant(sys.stdout), Tolerant(sys.stderr)
-    return kind(build)
+    return RebuildingEnv(build)
 
 
 def _end_with_parent() -> None:
@@ -214,6 +182,13 @@ def _end_with_parent() -> None:
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
+
+
+def faults(envs: Envs, info: dict[str, Any]) -> np.ndarray:
+    """Which environments tell of a fault, (num_envs,) bool; BrokenEnv if one can't be mended."""
+    if "broken" in info:
+        raise BrokenEnv(next(filter(None, info["broken"])))
+    return np.asarray(info.get("_env_error", np.zeros(envs.num_envs)), bool)
 
 
 @contextlib.contextmanager

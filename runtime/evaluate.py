@@ -25,12 +25,12 @@ from runtime.envs import (
     FAULTS,
     BrokenEnv,
     Envs,
-    EvalEnv,
     MakeEnv,
     build_errors,
     close_envs,
     dead_workers,
     describe_error,
+    faults,
     make_vector_env,
 )
 from runtime.logger import Logger, Stopwatch
@@ -123,8 +123,8 @@ class Player:
     """Plays episodes of the deterministic policy with fixed seeds, as many at once as there are environments.
 
     An episode's seed is `seed` plus its number, so the environment's draws are the same however many run at once. The
-    policy's own draws are made for all running episodes together. `act` is `Policy.forward` or `Dreamer.act`; `envs`
-    are of the kind `EvalEnv`; `each_step` gets the lowest number of a running episode, and may raise to stop.
+    policy's own draws are made for all running episodes together. `act` is `Policy.forward` or `Dreamer.act`;
+    `each_step` gets the lowest number of a running episode, and may raise to stop.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class Player:
             seeds = [self._seed(episode) if episode else None for episode in self.running]
             self.image, info = self.envs.reset(seed=seeds, options={"reset_mask": first.copy()})
             nothing = np.zeros(self.envs.single_action_space.shape or (), np.float32)
-            failed = self._failed(info)
+            failed = faults(self.envs, info)
             for i, episode in enumerate(self.running):
                 if episode and first[i]:
                     if failed[i]:
@@ -185,7 +185,7 @@ class Player:
     def _step(self, action: np.ndarray) -> None:
         """Let all running episodes make a step (B, A), and put others in the place of those that end with it."""
         self.image, reward, terminated, truncated, info = self.envs.step(action)
-        failed, success = self._failed(info), info.get("success", np.zeros(len(action), bool))
+        failed, success = faults(self.envs, info), info.get("success", np.zeros(len(action), bool))
         for i, episode in enumerate(self.running):
             if episode and failed[i]:
                 warn(f"an episode of the evaluation failed and is played with other draws: {info['env_error'][i]}")
@@ -201,12 +201,6 @@ class Player:
                     for later in self.done[RECORDINGS:]:
                         later.rows.clear()
                     self.running[i] = self._next()
-
-    def _failed(self, info: dict[str, Any]) -> np.ndarray:
-        """Which environments tell of a fault: (B,) bool."""
-        if "broken" in info:
-            raise BrokenEnv(next(filter(None, info["broken"])))
-        return info.get("_env_error", np.zeros(self.envs.num_envs, bool))
 
     def _add(self, i: int, episode: Episode, action: np.ndarray, reward: float, success: bool) -> None:
         """Add a row, and film the first environment until it has played an episode."""
@@ -337,7 +331,7 @@ def eval_options(config: Config) -> dict[str, Any]:
 def open_envs(config: Config, make_env: MakeEnv) -> Envs:
     """The environments of evaluations: in workers where there are several, as those of training."""
     build = functools.partial(make_env, **eval_options(config))
-    return make_vector_env([build] * min(config.num_envs, config.eval_episodes), EvalEnv)
+    return make_vector_env([build] * min(config.num_envs, config.eval_episodes))
 
 
 class Evaluator:

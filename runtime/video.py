@@ -61,35 +61,26 @@ def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
 def policy_video(
     renders: np.ndarray, images: np.ndarray, rewards: np.ndarray, successes: np.ndarray, repeat: int
 ) -> np.ndarray:
-    """Show an episode of n agent steps with step, reward, return and success written on it.
+    """An episode of n agent steps with step, reward, return and success written on it: uint8 (n + 1, STRIP + h, W, 3).
 
-    Args:
-        renders: what a spectator sees, uint8 (n + 1, h, h, 3); the video has 288 rows if h is 256.
-        images: what the agent sees, uint8 (n + 1, 3 * cameras, size, size).
-        rewards: of the agent step that led to each row, (n + 1,).
-        successes: whether the task was solved in that step, (n + 1,).
-        repeat: control steps in an agent step. The reward is written per control step.
-
-    Returns:
-        uint8 (n + 1, STRIP + h, W, 3).
+    A spectator sees `renders`, uint8 (n + 1, h, h, 3), and the agent `images`, uint8 (n + 1, 3 * cameras, size, size).
+    A reward is written per control step, of which an agent step has `repeat`.
     """
-    frames, total, solved = [], 0.0, False
+    frames = []
     for i, (render, image, reward, success) in enumerate(zip(renders, images, rewards, successes, strict=True)):
-        total += reward
-        solved |= bool(success)
         picture = policy_frame(render, image)
         words = [
             (8, f"step {i * repeat}", WHITE),
             (92, f"reward {reward / repeat:.2f}", WHITE),
-            (192, f"return {total:.1f}", WHITE),
-            (300, "success" if success else "was solved" if solved else "", GREEN),
+            (192, f"return {rewards[: i + 1].sum():.1f}", WHITE),
+            (300, "success" if success else "was solved" if successes[:i].any() else "", GREEN),
         ]
         frames.append(np.concatenate([text_strip(picture.shape[1], words), picture]))
     return np.stack(frames)
 
 
 def policy_frame(render: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """Put a large frame (h, h, 3) beside what the agent saw, uint8 (3 * cameras, size, size): uint8 (h, W, 3).
+    """A large frame (h, h, 3) beside what the agent saw, uint8 (3 * cameras, size, size): uint8 (h, W, 3).
 
     The agent's cameras are enlarged to at most half of the large frame's height and fill columns from the top.
     """
@@ -108,44 +99,26 @@ def policy_frame(render: np.ndarray, image: np.ndarray) -> np.ndarray:
 
 
 def open_loop_video(truth: np.ndarray, model: np.ndarray, cameras: Sequence[str], context: int) -> np.ndarray:
-    """Show the model's prediction beside the truth, one column a sequence.
+    """The model's prediction beside the truth, (T, B, 3 * cameras, size, size) in [0, 1] each: uint8 (T, H, W, 3).
 
-    Each camera has three rows: truth, model, and their difference, which is gray where the model is right.
-
-    Args:
-        truth, model: (T, B, 3 * cameras, size, size) in [0, 1].
-        cameras: their names.
-        context: frames that the model has observed; the others are imagined.
-
-    Returns:
-        uint8 (T, H, W, 3).
+    Each sequence has a column, and each camera three rows: truth, model, and their difference, which is gray where the
+    model is right. The model has observed `context` frames; the others are imagined.
     """
-    rows = {}
-    for i, camera in enumerate(cameras):
-        t, m = truth[:, :, 3 * i : 3 * i + 3], model[:, :, 3 * i : 3 * i + 3]
-        rows[f"{_label(camera)}\ntruth"] = t
-        rows[f"{_label(camera)}\nmodel"] = m
-        rows[f"{_label(camera)}\nerror"] = (m - t + 1) / 2
+    shown = {"truth": truth, "model": model, "error": (model - truth + 1) / 2}
+    by_camera = {what: _by_camera(images, cameras) for what, images in shown.items()}
+    rows = {f"{camera}\n{what}": by_camera[what][camera] for camera in by_camera["truth"] for what in shown}
     return _film(rows, functools.partial(_phase, context=context))
 
 
 def dream_video(
     seen: np.ndarray, dream: np.ndarray, reward: np.ndarray, cameras: Sequence[str], horizon: int
 ) -> np.ndarray:
-    """Show what the policy imagines after frames that it saw, one column a sequence and one row a camera.
+    """What the policy imagines after what it saw, one column a sequence and one row a camera: uint8 (C + K, H, W, 3).
 
-    Args:
-        seen: observed frames, (C, B, 3 * cameras, size, size) in [0, 1].
-        dream: imagined frames, (K, B, 3 * cameras, size, size).
-        reward: the imagined reward of each, (K, B), written below its column.
-        cameras: their names.
-        horizon: imagined steps that training learns from; the header marks frames beyond it.
-
-    Returns:
-        uint8 (C + K, H, W, 3).
+    `seen` (C, B, 3 * cameras, size, size) and `dream` (K, B, ...) are in [0, 1]. Rewards (K, B) are written below their
+    columns, and the header marks frames beyond the horizon, from which training does not learn.
     """
     image = np.concatenate([seen, dream])
-    rows = {_label(camera): image[:, :, 3 * i : 3 * i + 3] for i, camera in enumerate(cameras)}
 
     def header(t: int) -> tuple[str, Color]:
         words, color = _phase(t, len(seen))
@@ -155,17 +128,18 @@ def dream_video(
     def footer(t: int) -> list[str]:
         return [f"{x:.2f}" for x in reward[t - len(seen)]] if t >= len(seen) else [""] * image.shape[1]
 
-    return _film(rows, header, footer, "reward")
+    return _film(_by_camera(image, cameras), header, footer, "reward")
+
+
+def _by_camera(image: np.ndarray, cameras: Sequence[str]) -> dict[str, np.ndarray]:
+    """What each camera shows of (T, B, 3 * cameras, size, size)."""
+    return {name.removeprefix("robot0_"): image[:, :, 3 * i : 3 * i + 3] for i, name in enumerate(cameras)}
 
 
 def _phase(t: int, context: int) -> tuple[str, Color]:
     if t < context:
         return f"observed {t + 1} of {context}", WHITE
     return f"imagined step {t - context + 1}", ORANGE
-
-
-def _label(camera: str) -> str:
-    return camera.removeprefix("robot0_")
 
 
 def _film(

@@ -401,6 +401,16 @@ def test_what_weights_or_episodes_depend_on_is_fixed(name, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_a_checkpoint_that_lacks_a_fixed_constant_is_refused():
+    """It is of another release, whose constant may have been another; any other constant may be missing."""
+    saved = dataclasses.asdict(Config())
+    del saved["model_lr"]
+    cli.check_same_run(Path("old"), saved, Config())
+    del saved["deter"]
+    with pytest.raises(UserError, match="^the run in old is from another release, without deter: choose another"):
+        cli.check_same_run(Path("old"), saved, Config())
+
+
 def test_other_shapes_are_refused_and_nothing_is_lost(tmp_path, capsys):
     """A run folder made with another model is named, with both values, and left as it was."""
     train(tmp_path / "run")

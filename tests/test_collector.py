@@ -14,7 +14,7 @@ from fake_env import FakeEnv
 from faults import difference
 from runtime.collect import FAILED, RECENT, Collector, UpdateRatio
 from runtime.console import Failure, Stopped, StopSignals
-from runtime.envs import BrokenEnv, EnvFailure, RebuildingEnv
+from runtime.envs import EnvFailure, RebuildingEnv
 from runtime.logger import Stopwatch
 from tiny import tiny_config
 
@@ -243,6 +243,8 @@ class Lost(VectorEnv):
         self.processes = [SimpleNamespace(exitcode=-9)]
 
     def reset(self, **_):
+        if isinstance(self.error, str):
+            return None, {"broken": ["", self.error]}
         raise self.error
 
 
@@ -251,7 +253,7 @@ class Lost(VectorEnv):
     [
         (EOFError(), r"an environment's process has ended; exit codes: \[-9\]"),
         (BrokenPipeError(), r"an environment's process has ended; exit codes: \[-9\]"),
-        (BrokenEnv("10 resets failed"), "10 resets failed"),
+        ("10 resets failed", "10 resets failed"),
     ],
 )
 def test_environments_that_are_lost_end_the_run(error, words):

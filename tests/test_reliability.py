@@ -50,7 +50,7 @@ from faulty_env import (
 from runtime import checkpoint, cli, device, envs, evaluate
 from runtime.checkpoint import RunFolder
 from runtime.console import StopSignals
-from runtime.envs import RESET_TRIES, BrokenEnv, RebuildingEnv
+from runtime.envs import RebuildingEnv
 from tiny import descend, tiny_config, tiny_dreamer
 
 ROOT = Path(__file__).parent.parent
@@ -815,30 +815,6 @@ def test_a_reset_that_failed_is_never_tried_with_the_draws_that_failed(before_dr
     env = rebuilding(Picky)
     assert "OSError: not from here" in env.reset(seed=7)[1]["env_error"]
     assert len(tried) == len(set(tried)) == 5
-
-
-def test_resets_that_always_fail_reach_the_caller():
-    """After RESET_TRIES of them: how often, and with what."""
-    make_env, plan = faulty(resets=range(1000))
-    with pytest.raises(BrokenEnv, match=f"{RESET_TRIES} resets failed .* RuntimeError: Cannot place all objects"):
-        rebuilding(make_env).reset()
-    assert plan.reset_count == RESET_TRIES
-
-
-def test_an_env_that_can_not_be_built_anew_reaches_the_caller():
-    """With what the builder raised."""
-    made = []
-
-    def build():
-        if made:
-            raise OSError("no display")
-        made.append(faulty(steps={1})[0](**options(), seed=0))
-        return made[0]
-
-    env = RebuildingEnv(build)
-    env.reset()
-    with pytest.raises(BrokenEnv, match="can't be built anew: OSError: no display"):
-        env.step(NO_ACTION)
 
 
 def test_a_run_survives_every_kind_of_fault(tmp_path, capsys):
