@@ -199,34 +199,26 @@ def compare_with_cpu(agent: Dreamer, batch: Batch) -> tuple[float, str]:
 
     MPS has had wrong gradients without an error (pytorch issues 153957, 175188, 177116).
     """
-    with torch.random.fork_rng(devices=[]):  # to build a Dreamer draws initial weights
-        reference = Dreamer(agent.config, agent.image_shape, agent.action_size)
-    reference.world_model.load_state_dict(agent.world_model.state_dict())
-    reference.behavior.load_state_dict(agent.behavior.state_dict())
     draws = RecordedDraws(torch.Generator().manual_seed(0))
-    expected = gradients(reference, batch.to("cpu"), draws)
-    return gradient_deviation(gradients(agent, batch, draws.replay()), expected)
+    expected = gradients(_twin(agent, "cpu"), batch.to("cpu"), draws)
+    return gradient_deviation(gradients(_twin(agent, agent.device), batch, draws.replay()), expected)
+
+
+def _twin(agent: Dreamer, device: torch.device | str) -> Dreamer:
+    """An agent with equal weights, in float32: what is done to it does not reach the first one."""
+    with torch.random.fork_rng(devices=[]):  # to build a Dreamer draws initial weights
+        twin = Dreamer(agent.config, agent.image_shape, agent.action_size, device)
+    twin.load_state_dict(agent.state_dict())
+    return twin
 
 
 def gradients(agent: Dreamer, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-    """What an update on a batch (T, B, ...) would descend: parameter name -> gradient, in float32.
-
-    Neither a parameter nor the running range of the returns changes.
-    """
-    model, behavior = agent.world_model, agent.behavior
-    model_loss, post, _ = model.loss(batch, draws)
-    found = _gradients("world_model", model, model_loss)
-    start, is_terminal = post.detach().map(lambda x: x.flatten(0, 1)), batch.is_terminal.flatten()
-    range_before = behavior.return_range.clone()
-    actor_loss, value_loss, _ = agent.behavior_loss(start, is_terminal, draws)
-    behavior.return_range.copy_(range_before)
-    return found | _gradients("actor", behavior.actor, actor_loss) | _gradients("value", behavior.value, value_loss)
-
-
-def _gradients(prefix: str, module: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    named = {f"{prefix}.{name}": p for name, p in module.named_parameters() if p.requires_grad}
-    found = torch.autograd.grad(loss, list(named.values()), retain_graph=True)
-    return dict(zip(named, found, strict=True))
+    """What an update on a batch (T, B, ...) would descend, by parameter; it also stays in the agent."""
+    agent.draws = draws
+    post, _ = agent.model_gradients(batch)
+    agent.behavior_gradients(*agent._starts(post, batch.is_terminal))
+    networks = nn.ModuleDict({"world_model": agent.world_model, "behavior": agent.behavior})
+    return {name: p.grad for name, p in networks.named_parameters() if p.grad is not None}
 
 
 def gradient_deviation(gradients: dict[str, Tensor], reference: dict[str, Tensor]) -> tuple[float, str]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fast import speed_up
 from networks import Bernoulli, Draws, UnitNormal
-from runtime.device import RecordedDraws
+from runtime.device import RecordedDraws, gradients
 from tiny import random_batch, tiny_dreamer
 from train import Config, Dreamer
 
@@ -58,18 +58,16 @@ def gradients_and_outputs(agent: Dreamer, draws: Draws) -> tuple[dict[str, Tenso
     named = dict(both.named_modules())
     outputs: dict[str, list[Tensor]] = {name: [] for name in WATCHED if name in named}
     hooks = [
-        named[name].register_forward_hook(lambda _, __, y, found=found: found.append(values(y)))
-        for name, found in outputs.items()
+        named[name].register_forward_hook(lambda _, __, y, given=given: given.append(values(y)))
+        for name, given in outputs.items()
     ]
     batch = random_batch(agent.config).to(agent.device)
-    agent.draws = draws
-    post, _ = agent.model_gradients(batch)
-    agent.behavior_gradients(*agent._starts(post, batch.is_terminal))
+    found = gradients(agent, batch, draws)
     action, _ = agent.act(batch.image[0], None, batch.is_first[0], deterministic=True)
     outputs["action"] = [action]
     for hook in hooks:
         hook.remove()
-    return {name: p.grad for name, p in both.named_parameters() if p.grad is not None}, outputs
+    return found, outputs
 
 
 def values(output: Tensor | UnitNormal | Bernoulli) -> Tensor:
