@@ -96,8 +96,9 @@ def _refuse(event: Any) -> NoReturn:
     errors = tyro._errors
     if isinstance(event, errors.UnrecognizedArgs):
         flag = event.tokens[0].split("=")[0]
-        near = _nearest(flag)
-        raise UserError(f"unknown flag {flag}: " + (f"did you mean {near}?" if near else "see python run.py --help"))
+        names = [f"--{field.name}" for field in dataclasses.fields(Flags)] if flag.startswith("-") else []
+        near = difflib.get_close_matches("--" + flag.lstrip("-").replace("-", "_"), names, 1)
+        raise UserError(f"unknown flag {flag}: " + (f"did you mean {near[0]}?" if near else "see python run.py --help"))
     argument = getattr(event, "argument", None)
     name = argument.lowered.name_or_flags[0].lstrip("-") if argument is not None else ""
     if isinstance(event, errors.InvalidChoice):
@@ -107,15 +108,6 @@ def _refuse(event: Any) -> NoReturn:
         value = event.message.rpartition(": ")[2]
         raise UserError(f"{name} {value} is of the wrong type: it must be {WORDS[_type_and_marks(hints()[name])[0]]}")
     raise UserError(f"{name or 'flags'}: a value is missing; see python run.py --help")
-
-
-def _nearest(flag: str) -> str | None:
-    """The flag that a misspelt one is most like. A stray word is none."""
-    if not flag.startswith("-"):
-        return None
-    names = [f"--{field.name}" for field in dataclasses.fields(Flags)]
-    spelt = "--" + flag.lstrip("-").replace("-", "_")
-    return next(iter(difflib.get_close_matches(spelt, names, 1)), None)
 
 
 def _check_given_with_eval(given: dict[str, Any]) -> None:

@@ -127,16 +127,10 @@ class Collector:
     """
 
     def __init__(
-        self,
-        config: Config,
-        envs: Envs,
-        agent: Dreamer,
-        replay: ReplayBuffer,
-        watch: Stopwatch,
-        stop: StopSignals,
+        self, config: Config, envs: Envs, agent: Dreamer, replay: ReplayBuffer, watch: Stopwatch, stop: StopSignals
     ):
-        self.config, self.envs, self.agent, self.replay, self.watch = config, envs, agent, replay, watch
-        self.stop = stop
+        self.config, self.envs, self.agent, self.replay = config, envs, agent, replay
+        self.watch, self.stop = watch, stop
         self.step = 0  # control steps so far
         self.episode = 0  # finished episodes
         envs.single_action_space.seed(config.seed)

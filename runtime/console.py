@@ -154,9 +154,7 @@ class StopSignals:
 class ProgressBar:
     """The bar of a run in a terminal; elsewhere, lines that say when each phase begins.
 
-    Args:
-        steps: control steps of the whole run.
-        step: those that are done.
+    Of `steps` control steps, `step` are done.
     """
 
     # Fits 80 columns: tqdm gives the bar itself what the words leave.

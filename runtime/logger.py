@@ -45,12 +45,7 @@ class Stopwatch:
 
 
 class Meter:
-    """Means of the training metrics, and speeds, since the last line of them.
-
-    Args:
-        agent, replay: what the line is about.
-        watch: seconds spent in parts of the program.
-    """
+    """Means of the training metrics, and speeds, since the last line of them."""
 
     PARTS = ("env", "update", "eval", "video")
 
@@ -113,11 +108,7 @@ class Meter:
 class Logger:
     """Writes metrics and videos of one run. What can't be written costs one warning, never the run.
 
-    Args:
-        run_dir: the run folder.
-        config: what `config.json` holds, for W&B.
-        wandb_mode: online, offline or disabled.
-        state: of the run that is continued: what is behind it in metrics.jsonl is cut off.
+    If a run goes on from a `state`, what is behind it in metrics.jsonl is cut off.
     """
 
     def __init__(self, run_dir: Path, config: dict[str, Any], wandb_mode: str, state: dict[str, Any] | None = None):
@@ -140,7 +131,8 @@ class Logger:
 
     def scalars(self, env_step: int, metrics: dict[str, float]) -> None:
         """Append one line to metrics.jsonl, strict JSON: what is not finite is left out."""
-        finite = {name: _short(value) for name, value in metrics.items() if math.isfinite(value)}
+        # Six digits are what a curve needs.
+        finite = {name: float(f"{float(value):.6g}") for name, value in metrics.items() if math.isfinite(value)}
         line = {"env_step": env_step} | finite
         self._write((json.dumps(line, allow_nan=False) + "\n").encode())
         self._mirror(line)
@@ -238,11 +230,6 @@ def read_metrics(run_dir: Path) -> tuple[list[dict[str, float]], int]:
     return lines, torn
 
 
-def _short(value: float) -> float:
-    """Six digits are what a curve needs."""
-    return float(f"{float(value):.6g}")
-
-
 def pick_wandb_mode(flag: str, environ: dict[str, str]) -> tuple[str, str]:
     """The W&B mode and the reason: the flag beats WANDB_MODE, which beats "online only where a key exists".
 
@@ -254,8 +241,7 @@ def pick_wandb_mode(flag: str, environ: dict[str, str]) -> tuple[str, str]:
     asked, source = (flag, "--wandb") if flag != "auto" else (environ.get("WANDB_MODE"), "WANDB_MODE")
     if asked == "online" and not key:
         return "offline", f"{source} online, but no API key was found"
-    if asked == "dryrun":  # an older name, which wandb still takes
-        return "offline", source
+    asked = "offline" if asked == "dryrun" else asked  # an older name, which wandb still takes
     if asked in WANDB_MODES:
         return asked, source
     if asked:
