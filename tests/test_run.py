@@ -18,16 +18,11 @@ from tqdm import tqdm
 
 import run
 from fake_env import FakeEnv
+from faults import TINY, newest
 from runtime import checkpoint, console, evaluate, logger
 from train import Config, Dreamer
 
 ROOT = Path(__file__).parent.parent
-TINY = (
-    "--preset debug --cameras agentview --cnn_depth 2 --deter 8 --hidden 8 --stoch 4 --classes 4 --reward_units 8 "
-    "--discount_units 8 --actor_units 8 --value_units 8 --batch_size 2 --batch_length 5 --prefill 20 --pretrain 2 "
-    "--train_every 5 --steps 100 --episode_steps 20 --log_every 20 --eval_every 40 --video_every 40 --horizon 3 "
-    "--imagine_starts 4 --precision float32 --wandb disabled --device cpu"
-)
 
 
 def train(run_dir: Path, flags: str = "", make_env=FakeEnv) -> int:
@@ -42,10 +37,6 @@ def metrics(run_dir: Path) -> list[dict]:
 
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line, parse_constant=refuse) for line in lines]
-
-
-def newest(run_dir: Path) -> dict:
-    return checkpoint.load_checkpoint(run_dir)[0]
 
 
 def start(run_dir: Path, flags: str = "", redirect: str = "", make_env=FakeEnv, **options) -> subprocess.Popen:
