@@ -361,8 +361,7 @@ class Evaluator:
         self.best, self.best_step = -math.inf, -1  # mean return and control step of the best evaluation
         self.best_success = 0.0
         self.incomplete = 0  # evaluations in which the environment could not play all episodes
-        self.unwritten: bytes | None = None  # policy.pt of the best evaluation
-        self.figures: dict[str, float] = {}  # of that evaluation
+        self.unwritten: tuple[bytes, dict[str, float]] | None = None  # policy.pt of the best evaluation, its figures
 
     def due(self, step: int) -> bool:
         """Whether an evaluation is due at this control step."""
@@ -433,20 +432,20 @@ class Evaluator:
         mean = float(np.mean([episode.total for episode in result.episodes[: self.config.eval_episodes]]))
         if mean > self.best:
             self.best, self.best_step = mean, step
-            self.figures = {"env_step": step, **summary}
-            self.unwritten = policy_file(self.agent.policy, self.config, **self.figures)
+            figures = {"env_step": step, **summary}
+            self.unwritten = policy_file(self.agent.policy, self.config, **figures), figures
 
     def write_policy(self) -> None:
         """Write the best evaluation's policy, unless that is done. If the disk refuses it, a later call tries again."""
         if self.unwritten:
-            path = self.logger.run_dir / "policy.pt"
+            path, (data, figures) = self.logger.run_dir / "policy.pt", self.unwritten
             try:
-                write_file(path, self.unwritten)
+                write_file(path, data)
             except OSError as error:
                 warn_once("policy", f"policy.pt can't be written, training goes on: {error}")
                 return
             self.unwritten = None
-            self.logger.policy(path, self.figures)
+            self.logger.policy(path, figures)
 
     def close(self) -> None:
         """Close the evaluation environments; a later evaluation builds new ones."""
