@@ -134,12 +134,13 @@ class RunFolder:
             self._acquire()
             for leftover in (*self.path.glob(".*.tmp"), *self.path.glob("replay/.*.tmp")):
                 leftover.unlink()
-            if self.loaded:
-                self._set_damaged_aside()
-            elif list_checkpoints(self.path):
-                raise Failure(f"{self.path} got a checkpoint from another process just now: start again")
-            else:
+            there = list_checkpoints(self.path)
+            if self.loaded is None:
+                if there:
+                    raise Failure(f"{self.path} got a checkpoint from another process just now: start again")
                 self._set_earlier_aside()
+            for damaged in itertools.takewhile(lambda path: path != self.loaded, there):
+                damaged.rename(f"{damaged}.damaged")  # left there, newer ones would count among the last two
             write_file(self.path / "config.json", json.dumps(dataclasses.asdict(config), indent=2).encode())
         except OSError as error:
             raise UserError(f"run_dir {self.path} can't be used: {error.strerror}") from error
@@ -164,13 +165,6 @@ class RunFolder:
                 raise UserError(f"run_dir {self.path} can't be locked: {reason}") from error
             what = f"this file system has no locks ({reason})"
             warn_once("lock", f"{what}: nothing keeps a second process out of {self.path}")
-
-    def _set_damaged_aside(self) -> None:
-        """Rename checkpoints newer than the one that was loaded: left there, they would count among the last two."""
-        for path in list_checkpoints(self.path):
-            if path == self.loaded:
-                return
-            path.rename(path.with_name(f"{path.name}.damaged"))
 
     def _set_earlier_aside(self) -> None:
         """Move what a run without checkpoints has left into `earlier_<n>`."""
@@ -459,7 +453,7 @@ class ReplayFiles:
 
         Says what is missing, damaged, or does not fit.
         """
-        index = [tuple(row) for row in state["index"]]
+        index = state["index"]
         placed = index if state["rings"] == len(self.replay.episodes) else self._place(index)
         lost = []
         for name, env, length in placed:
