@@ -81,34 +81,22 @@ class Episode(EpisodeStats):
         return policy_video(np.stack(self.renders), images, rewards, successes, self.repeat)
 
 
-@dataclasses.dataclass
-class Evaluation:
-    """What an evaluation gave."""
+def filmed(episodes: Sequence[Episode]) -> Episode | None:
+    """The episode that has its rows and frames of them, if one has."""
+    return next((episode for episode in episodes if episode.rows and episode.renders), None)
 
-    episodes: list[Episode]
-    failed: int = 0  # episodes that the environment could not play
 
-    @property
-    def recordings(self) -> list[Episode]:
-        """The episodes that have their rows."""
-        return self.episodes[:RECORDINGS]
-
-    @property
-    def filmed(self) -> Episode | None:
-        """The recording that has frames, if one has."""
-        return next((episode for episode in self.recordings if episode.renders), None)
-
-    def summary(self) -> dict[str, float]:
-        """Mean and spread of each figure over the episodes (time to success: over those with success)."""
-        figures = [episode.metrics() for episode in self.episodes]
-        summary: dict[str, float] = {
-            "eval/success_rate": float(np.mean([x["success"] for x in figures])),
-            "eval/episodes": len(figures),
-        }
-        for name in ("return", "length", "max_reward", "time_to_success"):
-            if values := [x[name] for x in figures if name in x]:
-                summary |= {f"eval/{name}_mean": float(np.mean(values)), f"eval/{name}_std": float(np.std(values))}
-        return summary
+def summarize(episodes: Sequence[EpisodeStats]) -> dict[str, float]:
+    """Mean and spread of each figure over the episodes (time to success: over those with success)."""
+    figures = [episode.metrics() for episode in episodes]
+    summary: dict[str, float] = {
+        "eval/success_rate": float(np.mean([x["success"] for x in figures])),
+        "eval/episodes": len(figures),
+    }
+    for name in ("return", "length", "max_reward", "time_to_success"):
+        if values := [x[name] for x in figures if name in x]:
+            summary |= {f"eval/{name}_mean": float(np.mean(values)), f"eval/{name}_std": float(np.std(values))}
+    return summary
 
 
 def describe(summary: dict[str, float]) -> str:
@@ -141,13 +129,13 @@ class Player:
         self.watch, self.each_step = watch or Stopwatch(), each_step
         self.draws = Draws(torch.Generator(device).manual_seed(seed))
 
-    def play(self, episodes: int, film: bool) -> Evaluation:
-        """An evaluation, in the order of its episodes; `film` keeps frames of the first one.
+    def play(self, episodes: int, film: bool) -> list[Episode]:
+        """Those episodes that could be played, by number, the first ones with their rows; `film` films the first one.
 
         Raises BrokenEnv if an environment can't be mended, or its process has ended.
         """
         self.waiting, self.film = deque(range(episodes)), film
-        self.done: list[Episode] = []  # by number
+        self.done: list[Episode] = []
         self.running = [self._next() for _ in range(self.envs.num_envs)]
         state: ActState | None = None
         with dead_workers(self.envs):
@@ -158,7 +146,7 @@ class Player:
                 state = None if first.all() else state
                 action, state = self.act(image, state, is_first, self.draws, deterministic=True)
                 self._step(action.float().cpu().numpy())
-        return Evaluation(self.done, episodes - len(self.done))
+        return self.done
 
     def _next(self) -> Episode | None:
         """The next episode, or None: then an environment rests until the others have finished theirs."""
@@ -372,12 +360,18 @@ class Evaluator:
         c, last = self.config, step >= self.config.steps
         film = last or step - self.filmed >= c.video_every or self.filmed == 0
         began = time.monotonic()
+        wanted = c.eval_episodes * (LAST_EVALUATION if last else 1)
         with self.watch("eval"):
-            result = self._play(c.eval_episodes * (LAST_EVALUATION if last else 1), film)
-            summary = result.summary() if result.episodes else {}
-            if summary:
-                self._log(step, result, summary)
-            self._compare(step, result, summary)
+            played = self._play(wanted, film)
+            summary = summarize(played) if played else {}
+            if played:
+                self._log(step, played, summary)
+            if len(played) == wanted:
+                self._compare(step, played, summary)
+            else:
+                self.incomplete += 1
+                what = f"{wanted - len(played)} episode(s) failed {TRIES} times"
+                warn(f"the evaluation at step {step} is incomplete, so its policy can't be the best: {what}")
         self.evaluated = step
         now = time.monotonic()
         self.seconds += now - began
@@ -385,7 +379,7 @@ class Evaluator:
         say(f"step {step}: the evaluation took {now - began:.0f} s; evaluations are {share:.0%} of the time so far")
         self.bar.show("train")
 
-    def _play(self, episodes: int, film: bool) -> Evaluation:
+    def _play(self, episodes: int, film: bool) -> list[Episode]:
         def each_step(episode: int) -> None:
             self.bar.show("evaluate", f"episode {episode + 1}/{episodes}")
             self.stop.check()
@@ -399,7 +393,7 @@ class Evaluator:
             self.close()
             self.stop.check()  # the signal that ends the run may have ended a worker first
             warn(f"the evaluation failed: {error}")
-            return Evaluation([], failed=episodes)
+            return []
 
     def _open(self) -> Envs:
         try:
@@ -407,29 +401,24 @@ class Evaluator:
         except FAULTS as error:
             raise BrokenEnv(f"its environment can't be built: {describe_error(error)}") from error
 
-    def _log(self, step: int, result: Evaluation, summary: dict[str, float]) -> None:
+    def _log(self, step: int, played: Sequence[Episode], summary: dict[str, float]) -> None:
         draws = Draws(torch.Generator(self.agent.device).manual_seed(EVAL_SEED))
-        analysis = analyse(self.agent, result.recordings, draws)
+        analysis = analyse(self.agent, [episode for episode in played if episode.rows], draws)
         self.logger.scalars(step, summary | analysis.metrics)
         self.best_success = max(self.best_success, summary["eval/success_rate"])
         figures = {"best_success_rate": self.best_success, "last_success_rate": summary["eval/success_rate"]}
         self.logger.summary(figures)
         say(f"step {step}: {describe(summary)}")
-        if result.filmed:
+        if episode := filmed(played):
             self.bar.show("evaluate", "videos")
             with self.watch("video"):
-                self._film(step, result.filmed, analysis, draws)
+                self._film(step, episode, analysis, draws)
             self.filmed = step
 
-    def _compare(self, step: int, result: Evaluation, summary: dict[str, float]) -> None:
-        """Keep the policy if this is the best evaluation. An incomplete one does not compete."""
-        if result.failed:
-            self.incomplete += 1
-            what = f"{result.failed} episode(s) failed {TRIES} times"
-            warn(f"the evaluation at step {step} is incomplete, so its policy can't be the best: {what}")
-            return
+    def _compare(self, step: int, played: Sequence[Episode], summary: dict[str, float]) -> None:
+        """Keep the policy if this is the best evaluation."""
         # The last evaluation is longer; it competes with the others over their episodes.
-        mean = float(np.mean([episode.total for episode in result.episodes[: self.config.eval_episodes]]))
+        mean = float(np.mean([episode.total for episode in played[: self.config.eval_episodes]]))
         if mean > self.best:
             self.best, self.best_step = mean, step
             figures = {"env_step": step, **summary}
@@ -504,23 +493,23 @@ def evaluate_policy(path: Path, given: dict[str, Any], make_env: MakeEnv) -> Non
     with build_errors():
         envs = open_envs(config, make_env)
     try:
-        result = Player(policy, envs, config.action_repeat, device, OWN_SEED).play(config.eval_episodes, film=True)
+        played = Player(policy, envs, config.action_repeat, device, OWN_SEED).play(config.eval_episodes, film=True)
     except BrokenEnv as error:
         raise Failure(f"the evaluation failed: {error}") from error
     finally:
         close_envs(envs)
-    if not result.episodes:
+    if not played:
         raise Failure("the evaluation failed: no episode could be played")
-    say(describe(result.summary()))
-    if result.filmed:
+    say(describe(summarize(played)))
+    if episode := filmed(played):
         video = file.with_suffix(".mp4")
         try:
-            write_video(video, result.filmed.video(), config.control_freq / config.action_repeat)
+            write_video(video, episode.video(), config.control_freq / config.action_repeat)
             say(f"video {video}")
         except VideoError as error:
             warn(f"no video: {error}")
-    if result.failed:
-        raise Failure(f"the evaluation is incomplete: {result.failed} episode(s) failed {TRIES} times")
+    if failed := config.eval_episodes - len(played):
+        raise Failure(f"the evaluation is incomplete: {failed} episode(s) failed {TRIES} times")
 
 
 def _find_policy(path: Path) -> Path:

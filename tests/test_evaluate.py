@@ -24,13 +24,13 @@ from runtime.evaluate import (
     OWN_SEED,
     TRIES,
     Episode,
-    Evaluation,
     Player,
     Row,
     analyse,
     open_envs,
     open_loop_windows,
     realised_return,
+    summarize,
 )
 from test_run import metrics, newest, train
 from tiny import ACTION_SIZE, image_shape, seeded, tiny_config, tiny_dreamer
@@ -67,11 +67,11 @@ def test_episode_figures():
     never = EpisodeStats(repeat=1)
     never.add(0.5, False)
     assert "time_to_success" not in never.metrics() and never.metrics()["success"] == 0.0
-    summary = Evaluation([stats, never]).summary()
+    summary = summarize([stats, never])
     assert summary["eval/return_mean"] == pytest.approx(1.35) and summary["eval/return_std"] == pytest.approx(0.85)
     assert summary["eval/success_rate"] == 0.5 and summary["eval/episodes"] == 2
     assert summary["eval/time_to_success_mean"] == 4 and summary["eval/max_reward_mean"] == pytest.approx(0.65)
-    assert "eval/time_to_success_mean" not in Evaluation([never]).summary()
+    assert "eval/time_to_success_mean" not in summarize([never])
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -212,12 +212,11 @@ def test_the_last_evaluation_competes_over_the_same_starts_as_the_others(tmp_pat
     """It has twice as many episodes; what is compared with the others' mean is the mean of the first half of them."""
     played = []
 
-    def listen(self):
-        played.append([episode.total for episode in self.episodes])
-        return summary(self)
+    def listen(episodes):
+        played.append([episode.total for episode in episodes])
+        return summarize(episodes)
 
-    summary = evaluate.Evaluation.summary
-    monkeypatch.setattr(evaluate.Evaluation, "summary", listen)
+    monkeypatch.setattr(evaluate, "summarize", listen)
     assert train(tmp_path / "run", "--eval_episodes 2") == 0
     assert list(map(len, played)) == [2, 2, 4]
     assert newest(tmp_path / "run")["evaluator"]["best"] == max(np.mean(totals[:2]) for totals in played)
@@ -235,7 +234,7 @@ def counting(image, state, is_first, draws, deterministic):
     return action.clamp(-1, 1), steps + 1
 
 
-def play(num_envs: int, episodes: int = 7, film: bool = True, **options) -> Evaluation:
+def play(num_envs: int, episodes: int = 7, film: bool = True, **options) -> list[Episode]:
     """Episodes of different lengths, as many at once as there are environments."""
     config = tiny_config(num_envs=num_envs, eval_episodes=episodes, episode_steps=20)
     envs = open_envs(config, functools.partial(UnevenEpisodes, **options))
@@ -245,9 +244,8 @@ def play(num_envs: int, episodes: int = 7, film: bool = True, **options) -> Eval
         return Player(counting, envs, 1, torch.device("cpu")).play(episodes, film)
 
 
-def assert_equal_evaluations(one: Evaluation, other: Evaluation) -> None:
-    assert one.failed == other.failed
-    for a, b in zip(one.episodes, other.episodes, strict=True):
+def assert_equal_evaluations(one: list[Episode], other: list[Episode]) -> None:
+    for a, b in zip(one, other, strict=True):
         assert (a.number, a.attempt, a.terminal, a.metrics()) == (b.number, b.attempt, b.terminal, b.metrics())
         assert np.array_equal(a.renders, b.renders)
         for row, same in zip(a.rows, b.rows, strict=True):
@@ -257,10 +255,9 @@ def assert_equal_evaluations(one: Evaluation, other: Evaluation) -> None:
 def test_as_many_episodes_run_at_once_as_there_are_environments():
     """The same returns, lengths, rows and pictures in the same order from 1, 2 and 3; only the first one is filmed."""
     alone = play(1)
-    assert len({episode.length for episode in alone.episodes}) > 3 and len(alone.recordings) == evaluate.RECORDINGS
-    assert [bool(x.renders) for x in alone.episodes] == [True] + [False] * 6
-    assert [len(x.rows) for x in alone.episodes] == [x.length + 1 for x in alone.recordings] + [0]
-    assert len(alone.filmed.renders) == alone.episodes[0].length + 1
+    assert len({episode.length for episode in alone}) > 3 and evaluate.filmed(alone) is alone[0]
+    assert [len(x.renders) for x in alone] == [alone[0].length + 1] + [0] * 6
+    assert [len(x.rows) for x in alone] == [x.length + 1 for x in alone[: evaluate.RECORDINGS]] + [0]
     for num_envs in (2, 3):
         assert_equal_evaluations(play(num_envs), alone)
 
@@ -273,18 +270,18 @@ def test_failed_episodes_are_played_again_in_workers_too(capsys):
         results.append(play(num_envs, bad=bad))
         told = [line for line in capsys.readouterr().out.splitlines() if "failed and is played with other" in line]
         assert len(told) == 2 + TRIES and all("RuntimeError: contact" in line for line in told)
-    assert results[0].failed == 1 and len(results[0].episodes) == len(results[0].recordings) == 6
+    assert len(results[0]) == 6
     assert_equal_evaluations(*results)
-    whole, some = ([episode.metrics() for episode in result.episodes] for result in (play(1), results[0]))
+    whole, some = ([episode.metrics() for episode in episodes] for episodes in (play(1), results[0]))
     assert whole[1] == some[1] and whole[0] != some[0]
 
 
 def test_recordings_are_of_the_first_episodes_that_could_be_played():
     """In their order, although those before them fail only after others have ended; one of them is filmed."""
     bad = {EVAL_SEED + i + OTHER_SEED * attempt for i in (0, 1) for attempt in range(TRIES)}
-    result = play(2, bad=bad)
-    assert result.failed == 2 and result.filmed is not None
-    assert [len(x.rows) - 1 for x in result.episodes] == [x.length for x in result.episodes]
+    played = play(2, bad=bad)
+    assert [x.number for x in played] == [2, 3, 4, 5, 6] and evaluate.filmed(played) is not None
+    assert [len(x.rows) - 1 for x in played] == [x.length for x in played]
 
 
 def test_more_environments_than_episodes_rest():

@@ -13,7 +13,7 @@ import torch
 from env import make_env
 from results import add, plot
 from runtime.checkpoint import load_policy
-from runtime.evaluate import Player, describe, eval_options, open_envs
+from runtime.evaluate import Player, describe, eval_options, open_envs, summarize
 from train import PRESETS, Config
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -147,7 +147,7 @@ def test_the_shipped_policy_lifts():
     """On RoboSuite, 20 episodes: success of at least 80 %, a return of at least 0.8 a step (the README has more)."""
     policy, config = load_policy(POLICY)
     envs = open_envs(config, make_env)
-    summary = Player(policy, envs, config.action_repeat, torch.device("cpu")).play(20, film=False).summary()
+    summary = summarize(Player(policy, envs, config.action_repeat, torch.device("cpu")).play(20, film=False))
     envs.close()
     print(f"\n{describe(summary)}")
     assert (
