@@ -191,7 +191,7 @@ def look(p: Parts) -> None:
     step, over = p.collector.step, p.collector.step >= p.config.steps
     if p.meter.due(step, 0 if over else p.config.log_every):
         p.logger.scalars(step, p.meter.line(step))
-    if p.evaluator.due(step):
+    if p.evaluator.due(step, solved=p.collector.solved == 1.0):
         p.evaluator.evaluate(step)
 
 

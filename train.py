@@ -102,7 +102,8 @@ class Config:
     pretrain: Whole = 100  # updates made at once after the prefill
     train_every: Positive = 5  # agent steps between two updates; may be a fraction
     replay_focus: Share = 0.5  # share of a batch from the newest and the highest-return tenth of episodes, half each
-    gripper_hold: Share = 0.3  # share of training episodes in which random gripper commands are held now and then
+    gripper_hold: Share = 0.3  # share of episodes with random gripper commands held at times; it falls as success rises
+    greedy_episodes: Share = 0.5  # share of episodes with deterministic actions; it rises to this as success rises
     batch_size: Count = 16  # sequences in a batch
     batch_length: Count = 50  # agent steps in a sequence
 
@@ -140,11 +141,11 @@ class Config:
     actor_units: Size = 400  # units of each hidden layer of the actor
     actor_dist: Fixed[Literal["trunc_normal", "tanh_normal"]] = "trunc_normal"  # distribution of the actions
     trunc_normal_gradient: Literal["straight_through", "exact"] = "straight_through"  # gradient of trunc_normal samples
-    actor_grad: Literal["dynamics", "reinforce", "both"] = "dynamics"  # how the actor's gradient is estimated
+    actor_grad: Literal["dynamics", "reinforce", "both"] = "reinforce"  # how the actor's gradient is estimated
     actor_grad_mix: Share = 0.1  # weight of the dynamics gradient if actor_grad is both; the rest is reinforce
-    actor_entropy: Weight = 0.05  # weight of the entropy bonus in the first update
-    actor_entropy_final: Weight = 0.003  # value to which the weight of the entropy bonus decays exponentially
-    entropy_updates: Whole = 10_000  # updates over which the entropy weight decays; 0: it stays at actor_entropy
+    actor_entropy: Weight = 0.01  # weight of the entropy bonus in the first update
+    actor_entropy_final: Weight = 0.001  # value to which the weight of the entropy bonus decays exponentially
+    entropy_updates: Whole = 3_000  # updates over which the entropy weight decays; 0: it stays at actor_entropy
     actor_lr: Positive = 8e-5  # learning rate of the actor
     actor_eps: Positive = 1e-5  # epsilon of the actor's Adam optimizer
     actor_clip: Positive = 100.0  # largest global norm of the actor's gradient
@@ -156,7 +157,7 @@ class Config:
     value_eps: Positive = 1e-5  # epsilon of the critic's Adam optimizer
     value_clip: Positive = 100.0  # largest global norm of the critic's gradient
     value_decay: Share = 1e-6  # each update multiplies the critic's parameters by 1 minus this number
-    target_every: Count = 100  # updates between two updates of the target critic
+    target_every: Count = 50  # updates between two updates of the target critic
     target_fraction: PositiveShare = 1.0  # how far each of them takes the target critic to the critic; 1 copies it
 
 
@@ -165,6 +166,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "standard": {},
     # The same task for a laptop without a GPU: a small model, and fewer frames in an update.
     "cpu": {
+        "image_size": 32,
         "steps": 100_000,
         "log_every": 1_000,
         "eval_every": 10_000,
@@ -181,14 +183,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reward_units": 256,
         "discount_head": False,
         "decode_fraction": 0.5,
-        "model_lr": 4e-4,
+        "model_lr": 8e-4,
         "imagine_starts": 256,
         "actor_layers": 3,
         "actor_units": 256,
-        "actor_lr": 2e-4,
+        "actor_lr": 4e-4,
         "value_layers": 3,
         "value_units": 256,
-        "value_lr": 2e-4,
+        "value_lr": 4e-4,
     },
     # Everything once, in about half a minute.
     "debug": {
@@ -237,16 +239,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         "prefill": 1_000,
         "replay_focus": 0.0,
         "gripper_hold": 0.0,
+        "greedy_episodes": 0.0,
         "discount_head": False,
         "grad_heads": ("decoder", "reward"),
         "reward_scale": 1.0,
         "kl_free": 1.0,
         "kl_free_avg": True,
         "discount": 0.99,
+        "actor_grad": "dynamics",
         "actor_entropy": 1e-4,
         "actor_entropy_final": 1e-4,
         "entropy_updates": 0,
         "return_norm": False,
+        "target_every": 100,
     },
 }
 
@@ -501,16 +506,20 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, image: Tensor, state: ActState | None, is_first: Tensor, draws: Draws, deterministic: bool
+        self, image: Tensor, state: ActState | None, is_first: Tensor, draws: Draws, deterministic: bool | Tensor
     ) -> tuple[Tensor, ActState]:
         """uint8 images (B, C, H, W) and is_first (B,) -> actions (B, A) in [-1, 1] and the next state.
 
-        The latent is drawn from the posterior either way; `deterministic` takes the action's mean or mode.
+        The latent is drawn from the posterior either way; `deterministic`, which may be (B,), takes the action's mean
+        or mode instead of a sample.
         """
         state = self.initial(len(image)) if state is None else state
         latent = self.rssm.obs_step(state.latent, self.encoder(preprocess(image)), state.action, is_first, draws)
         dist = self.actor(latent.feat)
-        action = getattr(dist, self.eval_action) if deterministic else dist.rsample(draws)
+        action = getattr(dist, self.eval_action)
+        if deterministic is not True:
+            greedy = torch.as_tensor(deterministic, device=action.device).unsqueeze(-1)
+            action = torch.where(greedy, action, dist.rsample(draws))
         return action, ActState(latent, action)
 
     def step(self, image: np.ndarray, state: ActState | None = None) -> tuple[np.ndarray, ActState]:
@@ -694,7 +703,7 @@ class Dreamer:
         state: ActState | None,
         is_first: Tensor,
         draws: Draws | None = None,
-        deterministic: bool = False,
+        deterministic: bool | Tensor = False,
     ) -> tuple[Tensor, ActState]:
         """Actions for uint8 images (B, C, H, W) of B environments; see `Policy.forward`."""
         with self.autocast():

@@ -17,6 +17,7 @@ from runtime.envs import BrokenEnv, EnvFailure, Envs, dead_workers, faults
 from runtime.logger import Stopwatch
 from train import ActState, Config, Dreamer
 
+LAST = 10  # episodes whose success decides how much is explored
 FAILED, RECENT = 10, 20  # a run ends when so many of its last episodes have failed
 
 
@@ -25,8 +26,8 @@ class GripperHold:
 
     Only the sign of that action counts, and RoboSuite's fingers need about 0.4 s to open or close. Signs drawn anew
     every step leave them half open, where the cube doesn't fit between them. A `share` of the policy's episodes is
-    disturbed, and all random actions before training are, unless it is 0. When a run goes on, only the state of `rng`
-    has to come back.
+    disturbed, less if the task is often solved, and all random actions before training are, unless it is 0. When a run
+    goes on, only the state of `rng` has to come back.
     """
 
     START = 0.1  # chance of a disturbed policy's step to begin a hold
@@ -37,10 +38,10 @@ class GripperHold:
         self.disturbed = np.zeros(num_envs, bool)
         self.left, self.command = np.zeros(num_envs, int), np.zeros(num_envs)
 
-    def begin(self, env: int) -> None:
-        """An episode of environment `env` begins."""
+    def begin(self, env: int, solved: float = 0.0) -> None:
+        """An episode of environment `env` begins; `solved` is the share of the last ones that succeeded."""
         if self.share:
-            self.disturbed[env], self.left[env] = self.rng.random() < self.share, 0
+            self.disturbed[env], self.left[env] = self.rng.random() < self.share * (1 - solved), 0
 
     def __call__(self, action: np.ndarray, is_random: bool) -> np.ndarray:
         """Actions (num_envs, A) with the held commands in place of the gripper's own."""
@@ -142,7 +143,8 @@ class Collector:
         self.failed = np.zeros(config.num_envs, bool)  # in the present episode
         self.recent: deque[bool] = deque(maxlen=RECENT)  # whether the last episodes failed
         self.last_fault = ""
-        self.successes: deque[float] = deque(maxlen=10)
+        self.successes: deque[float] = deque(maxlen=LAST)
+        self.greedy = np.zeros(config.num_envs, bool)  # whether the present episode has deterministic actions
         self.last_return = 0.0
         self.image = np.zeros(0, np.uint8)
         self.action = np.zeros(0)
@@ -157,7 +159,7 @@ class Collector:
             for i in np.flatnonzero(self.resets):
                 self.replay.add(Transition(self.image[i], np.zeros(self.agent.action_size), 0.0, True, False), i)
                 self.stats[i], self.failed[i] = EpisodeStats(self.config.action_repeat), False
-                self.gripper_hold.begin(i)
+                self._explore(i)
         with self.watch("update"):  # acting waits for the GPU's updates: the two can't be told apart
             self._choose_actions()
         if isinstance(self.envs, AsyncVectorEnv):
@@ -194,6 +196,11 @@ class Collector:
             self.last_return = ended[-1]["return"]
         return ended
 
+    @property
+    def solved(self) -> float:
+        """The share of the last ten episodes that succeeded, 0 at first."""
+        return sum(self.successes) / LAST
+
     def describe_recent(self) -> str:
         """The last episodes for the progress bar: the return of the last one, the share of ten with success."""
         return f"return {self.last_return:.3g}, success {np.mean(self.successes):.0%}" if self.successes else ""
@@ -211,6 +218,7 @@ class Collector:
         return {
             "step": self.step,
             "episode": self.episode,
+            "successes": list(self.successes),
             "restarts": 0,  # ends through a fault of the environments at this state: Checkpointer.save counts them
             "action_space": self.rng.bit_generator.state,
             "envs": [rng.bit_generator.state for rng in rngs],
@@ -219,6 +227,7 @@ class Collector:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state; after an end through the environments' fault, from other draws."""
         self.step, self.episode = state["step"], state["episode"]
+        self.successes.extend(state["successes"])
         if len(state["envs"]) == self.config.num_envs:
             self.envs.set_attr("np_random", [_generator(saved, state["restarts"]) for saved in state["envs"]])
         else:
@@ -226,6 +235,12 @@ class Collector:
         if state["restarts"]:
             warn("the run ended through a fault of its environments: their next episodes are drawn anew")
         self.rng.bit_generator.state = _generator(state["action_space"], state["restarts"]).bit_generator.state
+
+    def _explore(self, env: int) -> None:
+        """Decide how much an episode explores that begins: less, the more often the task is solved."""
+        chance = self.config.greedy_episodes * self.solved
+        self.greedy[env] = chance > 0 and self.rng.random() < chance
+        self.gripper_hold.begin(env, 1.0 if self.greedy[env] else self.solved)
 
     def _choose_actions(self) -> None:
         """Random actions until the first update, then the policy's: (num_envs, A)."""
@@ -236,7 +251,8 @@ class Collector:
         # The policy takes over from random actions, or from nothing after a resume.
         is_first = np.ones_like(self.resets) if self.act_state is None else self.resets
         images, first = (torch.as_tensor(x, device=self.agent.device) for x in (self.image, is_first))
-        wanted, state = self.agent.act(images, self.act_state, first)
+        greedy = torch.as_tensor(self.greedy, device=self.agent.device)
+        wanted, state = self.agent.act(images, self.act_state, first, deterministic=greedy)
         self.action = self.gripper_hold(wanted.float().cpu().numpy(), is_random=False)
         # Store the executed action, so that the policy's state matches the replay.
         self.act_state = state._replace(

@@ -329,7 +329,7 @@ class Evaluator:
     long as the run.
     """
 
-    SAVED = ("evaluated", "filmed", "best", "best_step", "best_success", "incomplete")
+    SAVED = ("evaluated", "solved", "filmed", "best", "best_step", "best_success", "incomplete")
 
     def __init__(
         self,
@@ -346,14 +346,18 @@ class Evaluator:
         self.envs: Envs | None = None
         self.started, self.seconds = time.monotonic(), 0.0  # of this process; those that its evaluations took
         self.evaluated = self.filmed = 0  # control steps
+        self.solved = False  # whether ten training episodes in a row have succeeded
         self.best, self.best_step = -math.inf, -1  # mean return and control step of the best evaluation
         self.best_success = 0.0
         self.incomplete = 0  # evaluations in which the environment could not play all episodes
         self.unwritten: tuple[bytes, dict[str, float]] | None = None  # policy.pt of the best evaluation, its figures
 
-    def due(self, step: int) -> bool:
-        """Whether an evaluation is due at this control step."""
-        return self.agent.updates > 0 and (step >= self.config.steps or step - self.evaluated >= self.config.eval_every)
+    def due(self, step: int, solved: bool = False) -> bool:
+        """Whether an evaluation is due at this control step: also when the last ten training episodes first succeed."""
+        if self.agent.updates == 0:
+            return False
+        first, self.solved = solved and not self.solved, solved or self.solved
+        return first or step >= self.config.steps or step - self.evaluated >= self.config.eval_every
 
     def evaluate(self, step: int) -> None:
         """Evaluate, log what that gives, film if that is due, and keep the best policy."""

@@ -56,9 +56,10 @@ class Policy:
     device, action_size = torch.device("cpu"), 4
 
     def __init__(self, updates: int = 0):
-        self.updates, self.asked = updates, []
+        self.updates, self.asked, self.greedy = updates, [], []
 
-    def act(self, image, state, is_first):
+    def act(self, image, state, is_first, deterministic):
+        self.greedy.append(deterministic.tolist())
         self.asked.append((image.numpy().copy(), state, is_first.tolist()))
         number = image.flatten(1).float().mean(1, keepdim=True) / 255
         return torch.cat([number, -number, number, -number], 1), Memory(len(self.asked), torch.zeros(len(image), 4))
@@ -189,16 +190,39 @@ def test_a_run_ends_when_most_of_its_last_episodes_failed(capsys):
     assert issubclass(EnvFailure, Failure)
 
 
+def test_the_more_often_the_task_is_solved_the_less_is_explored():
+    """In unsolved tasks no episode is greedy; in solved ones a share is, and no gripper command is held."""
+    policy = Policy(updates=5)
+    collector = collector_of([[], []], policy, gripper_hold=1.0, greedy_episodes=0.5)
+    collect(collector, 50)
+    collector.successes.extend([0.0] * 10)
+    assert collector.solved == 0
+    collect(collector, 5)
+    assert not np.any(policy.greedy[-5:]) and collector.gripper_hold.disturbed.all()
+    begun = []
+    for _ in range(400):
+        collector.successes.extend([1.0] * 10)
+        collector._explore(0)
+        begun.append((collector.greedy[0], collector.gripper_hold.disturbed[0]))
+    greedy, disturbed = np.mean(begun, 0)
+    assert 0.4 < greedy < 0.6 and disturbed == 0
+    collector.act()
+    assert policy.greedy[-1] == collector.greedy.tolist()
+
+
 @pytest.mark.parametrize("updates", [0, 5])
 def test_a_collector_goes_on_as_it_would_have(updates):
-    """Between episodes, its state decides all that comes: rows bit by bit, counters, random actions."""
+    """Between episodes, its state decides all that comes: rows bit by bit, counters, exploration, random actions."""
     logs = [[], []]
-    straight = collector_of(logs, Policy(updates), gripper_hold=0.5)
+    straight = collector_of(logs, Policy(updates), gripper_hold=0.5, greedy_episodes=0.5)
+    straight.successes.extend([0.0, 1.0] * 5)
     collect(straight, 5)
     assert straight.resets.all()
     state = straight.state_dict()
     assert (state["step"], state["episode"], state["restarts"]) == (20, 2, 0)
-    again = collector_of([[[]], [[]]], Policy(updates), gripper_hold=0.5)  # an episode is behind each
+    again = collector_of(
+        [[[]], [[]]], Policy(updates), gripper_hold=0.5, greedy_episodes=0.5
+    )  # an episode is behind each
     again.load_state_dict(state)
     assert difference(again.state_dict(), state) == ""
     collect(straight, 3), collect(again, 3)

@@ -17,6 +17,7 @@ from fake_env import FakeEnv
 from faulty_env import KilledWorker, UnevenEpisodes
 from runtime import checkpoint, evaluate
 from runtime.collect import EpisodeStats
+from runtime.console import StopSignals
 from runtime.envs import BrokenEnv, close_envs
 from runtime.evaluate import (
     EVAL_SEED,
@@ -24,6 +25,7 @@ from runtime.evaluate import (
     OWN_SEED,
     TRIES,
     Episode,
+    Evaluator,
     Player,
     Row,
     analyse,
@@ -32,6 +34,7 @@ from runtime.evaluate import (
     realised_return,
     summarize,
 )
+from runtime.logger import Stopwatch
 from test_run import metrics, newest, train
 from tiny import ACTION_SIZE, image_shape, seeded, tiny_config, tiny_dreamer
 from train import PRESETS, Config, Dreamer, Prediction
@@ -325,6 +328,18 @@ def test_a_run_evaluates_in_workers_that_end_with_it(tmp_path, monkeypatch, caps
     assert run.main(["--eval", str(tmp_path / "run"), "--eval_episodes", "3"], FakeEnv) == 0
     assert "of 3 episodes" in capsys.readouterr().out and (tmp_path / "run/policy.mp4").exists()
     assert not multiprocessing.active_children()
+
+
+def test_the_first_ten_successes_in_a_row_are_a_reason_to_evaluate():
+    """Once in a run, also over a resume; otherwise at fixed distances."""
+    config = tiny_config(eval_every=100, steps=1000)
+    new = functools.partial(Evaluator, config, SimpleNamespace(updates=1), FakeEnv, None, Stopwatch(), StopSignals())
+    evaluator = new(None)
+    asked = [evaluator.due(step, solved) for step, solved in ((10, False), (20, True), (30, True), (40, False))]
+    assert asked == [False, True, False, False]
+    again = new(None)
+    again.load_state_dict(evaluator.state_dict())
+    assert not again.due(50, True) and again.due(100, True) and again.due(1000)
 
 
 def processes() -> set[int]:

@@ -771,6 +771,9 @@ def test_actions_in_bounds_and_deterministic_ones_repeat(eval_action):
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(certain, getattr(dreamer.behavior.actor(state.latent.feat), eval_action))
     assert torch.equal(samples[0], samples[1]) and not torch.equal(samples[0], samples[2])
+    some = torch.tensor([True, False, True, False])
+    mixed, _ = dreamer.act(image, None, is_first, seeded(1), deterministic=some)
+    assert torch.equal(mixed, torch.where(some[:, None], certain, samples[0]))
     for action in (certain, *samples):
         assert action.shape == (4, ACTION_SIZE) and (action.abs() <= 1).all() and not action.requires_grad
 
