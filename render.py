@@ -9,6 +9,7 @@ Importing this file imports neither MuJoCo nor OpenGL and does no work.
 
 import atexit
 import contextlib
+import copy
 import ctypes
 import importlib
 import math
@@ -22,13 +23,16 @@ from typing import Any
 import numpy as np
 
 # The agent's pictures. In software rendering they cost vertices (a Panda has 168,000 faces) and samples,
-# hardly pixels. Lift, agentview and robot0_eye_in_hand, 64 x 64: 100 ms in RoboSuite's look, 11 ms in this.
+# hardly pixels. Lift, agentview and robot0_eye_in_hand, 64 x 64: 100 ms in RoboSuite's look, 7 ms in this.
 AGENT_MSAA_SAMPLES = 0  # RoboSuite has 4. This saves 62 of 100 ms and moves a pixel by 2 of 255 on average.
 AGENT_REFLECTIONS = False  # They draw the scene twice: 38 -> 17 ms. A pixel moves by 0.3 in Lift and by 3 in Door.
 AGENT_DRAWN_SIZE = 64  # Smaller pictures are averages of drawn ones at least this large: pixels cost next to nothing.
-SKIP_UNSEEN_GEOMS = True  # Half of the arm is usually out of the camera's view: 17 -> 11 ms. No pixel changes.
-# Hiding the pedestal, a fifth of the faces, would save 4 ms more, but agentview's distance from RoboSuite's
-# own picture would grow from 2 to 7 of 255.
+SKIP_UNSEEN_GEOMS = True  # Half of the arm is usually out of the camera's view: 17 -> 12.5 ms. No pixel changes.
+# Meshes are coarser: the vertices in a cell of a grid are one, and a mesh's surface has about so many cells in a
+# picture of 64 x 64. 12.5 -> 7.7 ms. On average a pixel moves by 0.4 of 255 in Lift and by 1.5 in Door, whose
+# agentview has the whole arm; twice the cells would cost 1 ms more in Lift. Without a pedestal it would be by 7.
+AGENT_MESH_CELLS = 4_000
+AGENT_ROUND_SIDES = 16  # of a cylinder, instead of MuJoCo's 28: 6.6 -> 6 ms, after sites; 0.06 of 255 in Door
 
 # Pictures for people have reflections, and are smoothed by drawing larger and averaging.
 OVERVIEW_SIZE = 256  # pixels, height and width
@@ -95,26 +99,25 @@ class Renderer:
     RoboSuite's renderer never makes its context current (of two environments in a process, one shows the other's
     textures), can't be freed on request, and takes CUDA_VISIBLE_DEVICES for the number of an EGL device.
 
-    mujoco.Renderer has none of these faults, and was measured in this class's place (the same settings and pixels,
-    two cameras at 64 x 64, interleaved): 23.2 ms an observation and 23.8 ms here, which is within the noise. But
-    its contexts have one size each. With overview() it needs two: 370 MB instead of 212 MB, and another second to
-    build. Not closed, it prints a traceback at exit. Built on it, this file would be some ten lines shorter.
+    mujoco.Renderer has none of these faults, and is as fast with the same settings. But it would need two OpenGL
+    contexts, takes all meshes as they are, and prints a traceback at exit if it was not closed.
     """
 
     def __init__(self, mujoco: Any, model: Any, data: Any, camera_ids: Sequence[int], image_size: int) -> None:
         self._mujoco, self._model, self._data = mujoco, model, data
         self._camera_ids, self._image_size = tuple(camera_ids), image_size
-        largest = max(image_size, AGENT_DRAWN_SIZE, OVERVIEW_SIZE * OVERVIEW_SUPERSAMPLING)
+        self._supersampling = math.ceil(AGENT_DRAWN_SIZE / image_size)
         casts_shadows = bool(model.light_castshadow.any())
         model.vis.quality.offsamples = AGENT_MSAA_SAMPLES
-        model.vis.global_.offwidth = model.vis.global_.offheight = largest
         if not casts_shadows:  # no light of RoboSuite's own does, and the shadows' buffer takes 70 MB
             model.vis.quality.shadowsize = 0
         # A geom out of view may still be seen in a mirror, or by its shadow.
         self._skip_unseen = SKIP_UNSEEN_GEOMS and not AGENT_REFLECTIONS and not casts_shadows
-        self._gl, self._context = _open_context(mujoco, model, largest)
+        drawn = image_size * self._supersampling
+        self._gl, self._context = _open_context(mujoco, _coarser(mujoco, model, camera_ids, drawn), drawn)
+        self._contexts = [self._context]
         # For an environment dropped without close(), and for the end of the program, before EGL itself ends.
-        self._free = weakref.finalize(self, _free_context, self._gl, self._context)
+        self._free = weakref.finalize(self, _free_contexts, self._gl, self._contexts)
         self._free.atexit = False
         atexit.register(self._free)
 
@@ -139,7 +142,10 @@ class Renderer:
         """The scene for people: uint8 (OVERVIEW_SIZE, OVERVIEW_SIZE, 3)."""
         self._gl.make_current()
         self._scene.flags[self._mujoco.mjtRndFlag.mjRND_REFLECTION] = True
-        return self._picture(self._overview_camera, OVERVIEW_SIZE, OVERVIEW_SUPERSAMPLING)
+        if len(self._contexts) == 1:  # only now: most environments never need these 130 MB
+            size = OVERVIEW_SIZE * OVERVIEW_SUPERSAMPLING
+            self._contexts.append(_resources(self._mujoco, self._model, size))
+        return self._picture(self._overview_camera, OVERVIEW_SIZE, OVERVIEW_SUPERSAMPLING, self._contexts[-1])
 
     def close(self) -> None:
         """Frees the OpenGL context; may be called again."""
@@ -158,24 +164,26 @@ class Renderer:
         return picture
 
     def _agent_pixels(self) -> np.ndarray:
-        supersampling = math.ceil(AGENT_DRAWN_SIZE / self._image_size)
-        return self._picture(self._agent_camera, self._image_size, supersampling)
+        return self._picture(self._agent_camera, self._image_size, self._supersampling, self._context)
 
-    def _picture(self, camera: Any, size: int, supersampling: int) -> np.ndarray:
+    def _picture(self, camera: Any, size: int, supersampling: int, context: Any) -> np.ndarray:
         """Returns uint8 (size, size, 3), upright, averaged from a picture that is larger by a factor."""
-        large = self._drawn(camera, size * supersampling)
+        large = self._drawn(camera, size * supersampling, context)
         if supersampling == 1:
             return large
         return large.reshape(size, supersampling, size, supersampling, 3).mean(axis=(1, 3)).round().astype(np.uint8)
 
-    def _drawn(self, camera: Any, size: int) -> np.ndarray:
+    def _drawn(self, camera: Any, size: int, context: Any) -> np.ndarray:
         mujoco, scene = self._mujoco, self._scene
         everything = mujoco.mjtCatBit.mjCAT_ALL
+        # RoboSuite hides sites, which mark places, by a negative opacity. MuJoCo would still draw them: 1 ms.
+        self._options.sitegroup[:3] = (self._model.site_rgba[:, 3] > 0).any()
         mujoco.mjv_updateScene(self._model, self._data, self._options, None, camera, everything, scene)
         viewport = mujoco.MjrRect(0, 0, size, size)
-        mujoco.mjr_render(viewport, scene, self._context)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, context)
+        mujoco.mjr_render(viewport, scene, context)
         pixels = np.empty((size, size, 3), np.uint8)
-        mujoco.mjr_readPixels(pixels, None, viewport, self._context)
+        mujoco.mjr_readPixels(pixels, None, viewport, context)
         return pixels[::-1]  # OpenGL's first row is the lowest
 
     def _unseen_geoms(self) -> np.ndarray:
@@ -209,6 +217,43 @@ def _frustum_normals(eye: Any) -> np.ndarray:
     )
 
 
+def _coarser(mujoco: Any, model: Any, camera_ids: Sequence[int], size: int) -> Any:
+    """Returns a copy of the model whose shapes have fewer faces, for pictures of size x size pixels."""
+    coarse = copy.copy(model)
+    coarse.vis.quality.numslices, coarse.vis.quality.numstacks = AGENT_ROUND_SIDES, AGENT_ROUND_SIDES // 2
+    # A mesh that moves with a camera may be close to it, as Sawyer's hand is, and stays as it is.
+    carriers = model.body_weldid[model.cam_bodyid[list(camera_ids)]]
+    close = np.isin(model.body_weldid[model.geom_bodyid], carriers[carriers > 0])  # 0 is the world
+    close &= model.geom_type == mujoco.mjtGeom.mjGEOM_MESH
+    for mesh in set(range(model.nmesh)).difference(model.geom_dataid[close]):
+        _merge_vertices(coarse, mesh, AGENT_MESH_CELLS * (size / AGENT_DRAWN_SIZE) ** 2)
+    return coarse
+
+
+def _merge_vertices(model: Any, mesh: int, cells: float) -> None:
+    """Moves the vertices in a cell of a grid to their middle, and drops faces that are then flat or there twice.
+
+    Such a cell is as wide as a square of 1/cells of the mesh's surface. So long thin meshes keep their shape.
+    """
+    first, count = model.mesh_vertadr[mesh], model.mesh_vertnum[mesh]
+    vertices = model.mesh_vert[first : first + count]
+    first, count = model.mesh_faceadr[mesh], model.mesh_facenum[mesh]
+    arrays = [a[first : first + count] for a in (model.mesh_face, model.mesh_facenormal, model.mesh_facetexcoord)]
+    corners = vertices[arrays[0]]  # (faces, corners, axes)
+    surface = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1).sum() / 2
+    grid = np.floor((vertices - vertices.min(0)) / math.sqrt(surface / cells)).astype(int)
+    _, cell, sizes = np.unique(np.ravel_multi_index(grid.T, grid.max(0) + 1), return_inverse=True, return_counts=True)
+    faces = cell[arrays[0]]
+    # Faces are equal if they turn the same way through the same cells: the lowest comes first.
+    faces = np.take_along_axis(faces, (faces.argmin(1)[:, None] + np.arange(3)) % 3, axis=1)
+    _, different = np.unique(np.ravel_multi_index(tuple(faces.T), (len(sizes),) * 3), return_index=True)
+    kept = different[(faces[different] != np.roll(faces[different], 1, axis=1)).all(1)]
+    vertices[:] = np.stack([np.bincount(cell, axis) / sizes for axis in vertices.T], axis=1)[cell]
+    for array in arrays:
+        array[: len(kept)] = array[kept]
+    model.mesh_facenum[mesh] = len(kept)
+
+
 def _open_context(mujoco: Any, model: Any, size: int) -> tuple[Any, Any]:
     """Returns (OpenGL context, MuJoCo's resources in it), for pictures up to size x size. RuntimeError without."""
     backend = os.environ.get("MUJOCO_GL", "").strip().lower()
@@ -216,17 +261,22 @@ def _open_context(mujoco: Any, model: Any, size: int) -> tuple[Any, Any]:
     try:
         gl = importlib.import_module(f"mujoco.{module}").GLContext(size, size)
         gl.make_current()
-        context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, context)
-        return gl, context
+        return gl, _resources(mujoco, model, size)
     except Exception as error:  # drivers fail in many ways, most of which don't mention OpenGL
         reason = _one_line(error)
     raise RuntimeError(f"can't render with MUJOCO_GL={module} ({reason}); {GL_INSTALL_HINT}")
 
 
-def _free_context(gl: Any, context: Any) -> None:
+def _resources(mujoco: Any, model: Any, size: int) -> Any:
+    """MuJoCo's resources in the current OpenGL context: the model's meshes, and a buffer of size x size pixels."""
+    model.vis.global_.offwidth = model.vis.global_.offheight = size
+    return mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
+
+
+def _free_contexts(gl: Any, contexts: Sequence[Any]) -> None:
     gl.make_current()
-    context.free()
+    for context in contexts:
+        context.free()
     gl.free()
 
 

@@ -149,6 +149,7 @@ def state_of(task, reward):
     return [*task.sim.data.qpos, *task.sim.data.qvel, reward, task._check_success()]
 
 
+@pytest.mark.parametrize("episodes, steps", [(3, 20), pytest.param(10, 200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "task, robot, controller",
     [
@@ -159,12 +160,12 @@ def state_of(task, reward):
         ("Lift", "Panda", "JOINT_POSITION"),
     ],
 )
-def test_trajectories_are_those_of_plain_robosuite_bit_for_bit(lift, task, robot, controller):
+def test_trajectories_are_those_of_plain_robosuite_bit_for_bit(lift, task, robot, controller, episodes, steps):
     """Positions, velocities, rewards and successes over random episodes, with our own control loop or RoboSuite's."""
     import robosuite
 
     names = {"task": task, "robot": robot, "controller": controller, "cameras": ("robot0_eye_in_hand",)}
-    ours = build(**names, action_repeat=1, episode_steps=20)
+    ours = build(**names, action_repeat=1, episode_steps=steps)
     assert isinstance(ours._task._pre_action, env._HeldGoal) == controller.startswith("OSC")
     plain = robosuite.make(
         task,
@@ -179,12 +180,12 @@ def test_trajectories_are_those_of_plain_robosuite_bit_for_bit(lift, task, robot
         hard_reset=False,
         seed=ARGUMENTS["seed"],
     )
-    for episode in range(10):
+    for episode in range(episodes):
         ours.np_random = np.random.default_rng(episode)
         ours.reset()
         plain.rng = plain.placement_initializer.rng = np.random.default_rng(episode)
         plain.reset()
-        for action in np.random.default_rng(episode).uniform(-1, 1, (20, *ours.action_space.shape)):
+        for action in np.random.default_rng(episode).uniform(-1, 1, (steps, *ours.action_space.shape)):
             expected = state_of(plain, plain.step(action)[1])
             assert state_of(ours._task, ours.step(action)[1]) == expected
     ours.close(), plain.close()

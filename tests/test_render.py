@@ -1,11 +1,13 @@
 """render.py: how the OpenGL back end is chosen, and what the pictures show."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 import render
 from render import gl_backend
-from simulated import ARGUMENTS, build, episode_from_seed, plain_reset
+from simulated import ARGUMENTS, build, episode_from_seed, plain_reset, play
 
 # ---- the OpenGL back end
 
@@ -108,6 +110,73 @@ def test_small_pictures_are_averages_of_larger_ones(lift):
     small_env.close()
     assert small.shape == (6, 32, 32) and small.dtype == np.uint8
     np.testing.assert_allclose(small, large.reshape(6, 32, 2, 32, 2).mean((2, 4)), atol=0.5)
+
+
+@pytest.mark.parametrize("task", ["Lift", "Door", "Stack"])
+def test_coarser_meshes_are_hardly_seen(task, monkeypatch):
+    """Half of the faces are gone from the agent's pictures, and no picture moves by 3 of 255 on average."""
+    coarse = build(task=task)
+    monkeypatch.setattr(render, "_coarser", lambda mujoco, model, *rest: model)
+    whole = build(task=task)
+    for seed in range(3):
+        for environment in (coarse, whole):
+            environment.np_random = np.random.default_rng(seed)
+        pictures, expected = play(coarse, seed)[0].astype(int), play(whole, seed)[0]
+        assert (pictures != expected).any()
+        assert np.abs(pictures - expected).mean((-2, -1)).reshape(-1, 2, 3).mean(-1).max() < 3
+    for environment in (coarse, whole):
+        environment.close()
+
+
+def test_coarser_meshes_are_a_copy_and_all_there(lift):
+    """The simulation's own model stays whole, no mesh vanishes, and what carries the camera keeps all its faces."""
+    model, cameras = lift._task.sim.model._model, lift._renderer._camera_ids
+    before = [array.copy() for array in (model.mesh_vert, model.mesh_face, model.mesh_facenum)]
+    coarse = render._coarser(lift._renderer._mujoco, model, cameras, 64)
+    for array, expected in zip((model.mesh_vert, model.mesh_face, model.mesh_facenum), before, strict=True):
+        np.testing.assert_array_equal(array, expected)
+    assert coarse.mesh_facenum.sum() < 0.6 * model.mesh_facenum.sum()
+    assert coarse.mesh_facenum.min() > 0
+    hand, pedestal = model.mesh("gripper0_right_hand_vis").id, model.mesh("fixed_mount0_pedestal").id
+    assert coarse.mesh_facenum[hand] == model.mesh_facenum[hand]
+    assert coarse.mesh_facenum[pedestal] < 0.2 * model.mesh_facenum[pedestal]
+    assert render._coarser(lift._renderer._mujoco, model, cameras, 256).mesh_facenum.sum() > coarse.mesh_facenum.sum()
+
+
+def test_vertices_of_a_cell_become_one():
+    """Near vertices meet in their middle; faces that are then flat or double go, but not a face's other side."""
+    vertices = [[0, 0, 0], [0.01, 0, 0], [2, 0, 0], [2, 1.9, 0]]
+    faces = [[0, 1, 2], [0, 2, 3], [1, 2, 3], [3, 1, 2], [3, 2, 1]]
+    mesh = SimpleNamespace(
+        mesh_vert=np.array(vertices, np.float32),
+        mesh_face=np.array(faces),
+        mesh_facenormal=10 + np.array(faces),
+        mesh_facetexcoord=20 + np.array(faces),
+        **{name: np.array([0]) for name in ("mesh_vertadr", "mesh_faceadr")},
+        mesh_vertnum=np.array([4]),
+        mesh_facenum=np.array([5]),
+    )
+    render._merge_vertices(mesh, 0, cells=100)
+    np.testing.assert_allclose(mesh.mesh_vert, [[0.005, 0, 0], [0.005, 0, 0], [2, 0, 0], [2, 1.9, 0]])
+    assert mesh.mesh_facenum[0] == 2
+    kept = mesh.mesh_face[:2].tolist()
+    assert sorted(kept) == [[0, 2, 3], [3, 2, 1]]
+    np.testing.assert_array_equal(mesh.mesh_facenormal[:2], 10 + np.array(kept))
+    np.testing.assert_array_equal(mesh.mesh_facetexcoord[:2], 20 + np.array(kept))
+
+
+def test_hidden_sites_are_left_out_and_shown_ones_drawn(lift):
+    """RoboSuite hides sites by a negative opacity: no pixel changes without them. A site that is shown is drawn."""
+    hidden = lift.reset(seed=8)[0]
+    renderer, opacity = lift._renderer, lift._task.sim.model._model.site_rgba[:, 3]
+    kinds = {geom.objtype for geom in renderer._scene.geoms[: renderer._scene.ngeom]}
+    assert (opacity < 0).any() and renderer._mujoco.mjtObj.mjOBJ_SITE not in kinds
+    before = opacity.copy()
+    opacity[np.argmin(opacity)] = 1e-6  # MuJoCo draws them all, the others behind a negative opacity
+    np.testing.assert_array_equal(renderer.observation(), hidden)
+    opacity[:] = np.abs(before)
+    assert (renderer.observation() != hidden).any()
+    opacity[:] = before
 
 
 def test_skipping_unseen_geoms_changes_no_pixel(lift):
