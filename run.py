@@ -116,7 +116,7 @@ def build(
     """Build the parts of a run, in the state of a checkpoint if there is one; `stack` closes them."""
     generators = GlobalGenerators(device)
     generators.seed(config.seed)
-    envs = make_envs(cli.env_options(config), config.num_envs, config.seed, make_env)
+    envs = make_envs(cli.training_options(config), config.num_envs, config.seed, make_env)
     stack.callback(close_envs, envs)
     image_shape, action_size = check_spaces(envs, config.task, len(config.cameras), config.image_size)
     agent = Dreamer(config, image_shape, action_size, device, pick_precision(config.precision, device))

@@ -68,7 +68,8 @@ class Config:
     task: Env[Fixed[str]] = "Lift"  # name of a single-arm RoboSuite task
     robot: Env[Fixed[str]] = "Panda"  # name of a RoboSuite robot with one arm
     controller: Env[Fixed[str]] = "OSC_POSE"  # OSC_POSE moves and turns the hand (6 numbers), OSC_POSITION moves it (3)
-    rotation_scale: Env[Fixed[PositiveShare]] = 0.02  # rotation commands of OSC_POSE are multiplied by this number
+    position_scale: Env[Fixed[PositiveShare]] = 0.5  # commands that move the hand are multiplied by this number
+    rotation_scale: Env[Fixed[PositiveShare]] = 0.02  # commands that turn the hand are multiplied by this number
     cameras: Env[Fixed[tuple[str, ...]]] = ("agentview", "robot0_eye_in_hand")  # cameras that the agent sees through
     image_size: Env[Fixed[Literal[32, 64, 128]]] = 64  # height and width of a camera picture, in pixels
     control_freq: Env[Positive] = 20  # control steps in a second of simulated time
@@ -103,7 +104,7 @@ class Config:
     train_every: Positive = 5  # agent steps between two updates; may be a fraction
     replay_focus: Share = 0.5  # share of a batch from the newest and the highest-return tenth of episodes, half each
     gripper_hold: Share = 0.3  # share of episodes with random gripper commands held at times; it falls as success rises
-    greedy_episodes: Share = 0.5  # share of episodes with deterministic actions; it rises to this as success rises
+    greedy_episodes: Share = 0.5  # share of episodes like those of evaluations, not noisy; it grows with success
     batch_size: Count = 16  # sequences in a batch
     batch_length: Count = 50  # agent steps in a sequence
 
@@ -230,6 +231,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # The author's dmc_vision numbers; docs/departures.md lists what is still ours.
     "paper": {
+        "position_scale": 1.0,
         "rotation_scale": 1.0,
         "cameras": ("agentview",),
         "episode_steps": 500,

@@ -149,6 +149,12 @@ def env_options(config: Config) -> dict[str, Any]:
     return {name: getattr(config, name) for name in marked("env")}
 
 
+def training_options(config: Config) -> dict[str, Any]:
+    """Those of training, where greedy episodes are as long as evaluations; the collector ends the others earlier."""
+    longest = max(config.episode_steps, config.eval_steps if config.greedy_episodes else 0)
+    return env_options(config) | {"episode_steps": longest}
+
+
 def _type_and_marks(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
 
@@ -214,7 +220,8 @@ def check_config(config: Config) -> None:
 
 def check_same_run(run_dir: Path, saved: dict[str, Any], config: Config) -> None:
     """Refuse to continue a run with other fixed constants (UserError); say which other constants changed."""
-    fixed = {*marked("fixed")} - ({"rotation_scale"} if config.controller != "OSC_POSE" else set())
+    unused = {"OSC_POSE": set(), "OSC_POSITION": {"rotation_scale"}}
+    fixed = {*marked("fixed")} - unused.get(config.controller, {"position_scale", "rotation_scale"})
     for name, new in dataclasses.asdict(config).items():
         if name in fixed and name not in saved:  # its default of today may not be what it was
             raise UserError(f"the run in {run_dir} is from another release, without {name}: choose another --run_dir")

@@ -145,6 +145,7 @@ class Collector:
         self.last_fault = ""
         self.successes: deque[float] = deque(maxlen=LAST)
         self.greedy = np.zeros(config.num_envs, bool)  # whether the present episode has deterministic actions
+        self.limit = np.full(config.num_envs, config.episode_steps)  # control steps after which it ends
         self.last_return = 0.0
         self.image = np.zeros(0, np.uint8)
         self.action = np.zeros(0)
@@ -182,7 +183,8 @@ class Collector:
             warn_once("ends", why)
         self.step += self.config.num_envs * self.config.action_repeat
         self.failed |= failed
-        self.resets = terminated | truncated
+        lengths = np.array([stats.length for stats in self.stats])
+        self.resets = terminated | truncated | (lengths >= self.limit)
 
     def finish_episodes(self) -> list[dict[str, float]]:
         """Figures of the episodes that have just ended."""
@@ -237,9 +239,14 @@ class Collector:
         self.rng.bit_generator.state = _generator(state["action_space"], state["restarts"]).bit_generator.state
 
     def _explore(self, env: int) -> None:
-        """Decide how much an episode explores that begins: less, the more often the task is solved."""
-        chance = self.config.greedy_episodes * self.solved
+        """Decide how much an episode explores that begins, and how long it is.
+
+        The more often the task is solved, the more episodes are as those of evaluations: deterministic, and as long.
+        """
+        c = self.config
+        chance = c.greedy_episodes * self.solved
         self.greedy[env] = chance > 0 and self.rng.random() < chance
+        self.limit[env] = c.eval_steps or c.episode_steps if self.greedy[env] else c.episode_steps
         self.gripper_hold.begin(env, 1.0 if self.greedy[env] else self.solved)
 
     def _choose_actions(self) -> None:
