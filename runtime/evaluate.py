@@ -49,8 +49,7 @@ OPEN_LOOP_STEPS = (1, 5, 15, 45)  # imagined agent steps after which the open-lo
 OPEN_LOOP_WINDOWS = 24  # sequences that the open-loop errors are means of
 RECORDINGS = 6  # evaluation episodes whose rows are kept for figures and pictures
 SEQUENCES = 6  # columns of the open-loop and the imagination videos
-# Lift's dense reward a control step: at most 0.444 near the cube, 0.556 with both fingers on it, 1 with it in the air.
-LIFT_CLASSES = {"hovering": (-np.inf, 0.45), "holding": (0.45, 0.6), "lifted": (0.6, np.inf)}
+THIRDS = ("low", "middle", "high")  # of the largest reward so far: in Lift, far, at the cube, and lifted
 
 
 # ---------------------------------------------------------------------------------------------- episodes
@@ -217,8 +216,11 @@ class Analysis(NamedTuple):
     prediction: Prediction  # of these windows, open loop
 
 
-def analyse(agent: Dreamer, recordings: Sequence[Episode], draws: Draws) -> Analysis:
-    """Open-loop errors, reward errors and value calibration; changes nothing in the agent."""
+def analyse(agent: Dreamer, recordings: Sequence[Episode], draws: Draws, largest: float) -> Analysis:
+    """Open-loop errors, reward errors and value calibration; changes nothing in the agent.
+
+    `largest` is the largest reward of an agent step so far; errors are told for each third of it.
+    """
     windows = open_loop_windows(recordings).to(agent.device)
     prediction = agent.predict(windows, draws)
     episodes = whole_episodes(recordings).to(agent.device)
@@ -227,7 +229,7 @@ def analyse(agent: Dreamer, recordings: Sequence[Episode], draws: Draws) -> Anal
     columns = [x.float().cpu().numpy() for x in (reward, value, learned, episodes.reward)]
     judged = [np.stack([x[: len(recording.rows), b] for x in columns]) for b, recording in enumerate(recordings)]
     metrics = _open_loop_errors(agent, windows, prediction)
-    metrics |= _reward_errors(agent.config, np.concatenate(judged, axis=1))
+    metrics |= _reward_errors(np.concatenate(judged, axis=1), largest)
     metrics |= _value_errors(agent.config, recordings, judged)
     return Analysis(metrics, windows, prediction)
 
@@ -243,16 +245,15 @@ def _open_loop_errors(agent: Dreamer, windows: Batch, prediction: Prediction) ->
     return metrics
 
 
-def _reward_errors(config: Config, judged: np.ndarray) -> dict[str, float]:
+def _reward_errors(judged: np.ndarray, largest: float) -> dict[str, float]:
     """Mean error of the reward that is read from a state; predicted, value, learned and true (4, rows)."""
     predicted, _, learned, true = judged
-    error, step_reward = np.abs(predicted - learned), true / config.action_repeat
+    error = np.abs(predicted - learned)
     metrics = {"reward/error": float(error.mean())}
-    if config.task == "Lift" and config.reward_shaping:
-        for name, (low, high) in LIFT_CLASSES.items():
-            rows = (step_reward >= low) & (step_reward < high)
-            if rows.any():
-                metrics[f"reward/error_{name}"] = float(error[rows].mean())
+    third = np.digitize(true, [largest / 3, 2 * largest / 3])
+    for i, name in enumerate(THIRDS):
+        if largest > 0 and (third == i).any():
+            metrics[f"reward/error_{name}"] = float(error[third == i].mean())
     return metrics
 
 
@@ -329,7 +330,7 @@ class Evaluator:
     long as the run.
     """
 
-    SAVED = ("evaluated", "solved", "filmed", "best", "best_step", "best_success", "incomplete")
+    SAVED = ("evaluated", "solved", "filmed", "largest", "best", "best_step", "best_success", "incomplete")
 
     def __init__(
         self,
@@ -346,6 +347,7 @@ class Evaluator:
         self.envs: Envs | None = None
         self.started, self.seconds = time.monotonic(), 0.0  # of this process; those that its evaluations took
         self.evaluated = self.filmed = 0  # control steps
+        self.largest = 0.0  # reward of an agent step, of all evaluations
         self.solved = False  # whether ten training episodes in a row have succeeded
         self.best, self.best_step = -math.inf, -1  # mean return and control step of the best evaluation
         self.best_success = 0.0
@@ -407,7 +409,9 @@ class Evaluator:
 
     def _log(self, step: int, played: Sequence[Episode], summary: dict[str, float]) -> None:
         draws = Draws(torch.Generator(self.agent.device).manual_seed(EVAL_SEED))
-        analysis = analyse(self.agent, [episode for episode in played if episode.rows], draws)
+        recordings = [episode for episode in played if episode.rows]
+        self.largest = max(self.largest, *(float(row.reward) for episode in recordings for row in episode.rows))
+        analysis = analyse(self.agent, recordings, draws, self.largest)
         self.logger.scalars(step, summary | analysis.metrics)
         self.best_success = max(self.best_success, summary["eval/success_rate"])
         figures = {"best_success_rate": self.best_success, "last_success_rate": summary["eval/success_rate"]}

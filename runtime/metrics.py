@@ -46,11 +46,11 @@ SECTIONS = {
         Panel("Open-loop image MSE after k imagined steps", {"openloop/image_mse_*": ""}),
         Panel("Open-loop reward error after k steps", {"openloop/reward_error_*": ""}),
         Panel(
-            "Reward error by class of the true reward",
+            "Reward error by thirds of the largest reward",
             {
-                "reward/error_hovering": "hovering",
-                "reward/error_holding": "holding",
-                "reward/error_lifted": "lifted",
+                "reward/error_low": "low",
+                "reward/error_middle": "middle",
+                "reward/error_high": "high",
                 "reward/error": "all",
             },
         ),

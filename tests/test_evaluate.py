@@ -116,11 +116,11 @@ def test_errors_of_a_known_model_are_found():
     """Squared image error, absolute reward error and value calibration of predictions that are off by known amounts."""
     config = tiny_config(discount=0.5)
     episodes = [recording(n, n, n == 40, rewards=np.linspace(0, 1, n + 1)) for n in (60, 40)]
-    metrics = analyse(known_agent(config, 0.2, 3.0), episodes, seeded()).metrics
+    metrics = analyse(known_agent(config, 0.2, 3.0), episodes, seeded(), 1.0).metrics
     for k in (1, 5, 15, 45):
         assert metrics[f"openloop/image_mse_{k}"] == pytest.approx(0.04, rel=1e-4)
         assert metrics[f"openloop/reward_error_{k}"] == pytest.approx(0.1, rel=1e-4)
-    for name in ("error", "error_hovering", "error_holding", "error_lifted"):
+    for name in ("error", "error_low", "error_middle", "error_high"):
         assert metrics[f"reward/{name}"] == pytest.approx(0.1, rel=1e-4)
     realised = [realised_return(rewards_of(e), 3.0, e.terminal, 0.5) for e in episodes]
     known = np.concatenate([realised[0][:-1], realised[1]])  # where the clock ended, the last row knows nothing
@@ -130,17 +130,19 @@ def test_errors_of_a_known_model_are_found():
 
 
 def test_figures_that_cannot_be_had_are_left_out():
-    """Open-loop steps beyond the episodes, and classes that no reward fell into or that the task does not have."""
+    """Open-loop steps beyond the episodes, and thirds of the largest reward that no reward fell into."""
     episode = recording(30, rewards=[0.1] * 31)
     agent = known_agent(tiny_config(), 0.0, 0.0)
-    names = set(analyse(agent, [episode], seeded()).metrics)
-    assert {"openloop/image_mse_15", "reward/error", "reward/error_hovering"} <= names
-    assert not {"openloop/image_mse_45", "openloop/reward_error_45", "reward/error_lifted"} & names
-    agent.config = tiny_config(task="Door")
-    assert "reward/error_hovering" not in analyse(agent, [episode], seeded()).metrics
-    agent.config = tiny_config(action_repeat=2)
-    episode = recording(30, rewards=[1.1] * 31)  # 0.55 a control step
-    assert "reward/error_holding" in analyse(agent, [episode], seeded()).metrics
+
+    def found(largest: float) -> set[str]:
+        return set(analyse(agent, [episode], seeded(), largest).metrics)
+
+    assert {"openloop/image_mse_15", "reward/error"} <= found(1.0)
+    assert not {"openloop/image_mse_45", "openloop/reward_error_45"} & found(1.0)
+    for largest, thirds in ((1.0, {"low"}), (0.2, {"middle"}), (0.1, {"high"}), (0.0, set())):
+        assert {name for name in found(largest) if "error_" in name and "open" not in name} == {
+            f"reward/error_{third}" for third in thirds
+        }
 
 
 def test_looking_leaves_the_agent_as_it_was():
@@ -150,7 +152,7 @@ def test_looking_leaves_the_agent_as_it_was():
     before = {name: value.clone() for name, value in agent.world_model.state_dict().items()}
     stream = torch.get_rng_state()
     channels = image_shape(config)[0]
-    analysis = analyse(agent, [recording(60, channels=channels), recording(33, 1, channels=channels)], seeded())
+    analysis = analyse(agent, [recording(60, channels=channels), recording(33, 1, channels=channels)], seeded(), 1.0)
     dream = agent.dream(analysis.windows, 7, seeded())
     assert all(np.isfinite(value) for value in analysis.metrics.values())
     assert dream.image.shape[:2] == dream.reward.shape == (7, analysis.windows.image.shape[1])

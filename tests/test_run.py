@@ -120,7 +120,7 @@ def test_debug_run_metrics_are_finite_ordered_and_unique(debug_run):
     assert all(np.isfinite(value) for line in lines for value in line.values())
     names = set().union(*lines)
     assert {"episode/return", "eval/return_mean", "eval/success_rate", "model/kl", "behavior/value"} <= names
-    assert {"openloop/image_mse_15", "reward/error_hovering", "behavior/value_realised", "replay/gb"} <= names
+    assert {"openloop/image_mse_15", "reward/error_low", "behavior/value_realised", "replay/gb"} <= names
     assert "openloop/image_mse_45" not in names  # episodes have 31 rows
     assert [line["eval/episodes"] for line in lines if "eval/episodes" in line] == [1, 2]  # the last is of more
 
