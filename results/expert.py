@@ -4,7 +4,7 @@
     python results/expert.py --action_repeat 1   the same with a decision in every control step
 
 The script reads the true positions of hand and cube from the simulator, so it is a yardstick and no competitor. It
-acts through `make_env` with the constants of the preset `cpu`: OSC_POSE at 20 Hz, rotation_scale 0.02.
+acts through `make_env` with OSC_POSE at 20 Hz, whole steps of the hand and rotation_scale 0.02.
 """
 
 import argparse

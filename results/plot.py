@@ -14,6 +14,7 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -34,7 +35,10 @@ EASIER = {
 BENCHMARK = {
     "rotation-1-seed0": ("hand turns at full speed", RED),
     "rotation-1e-1-long-seed0": ("rotation_scale 0.1", ORANGE),
-    "long-episodes-seed0": ("0.02, long training episodes", GREEN),
+    "dynamics-seed0": ("0.02: the preset until 2026-11-25, seeds 0 to 2", GREEN),
+    "dynamics-seed1": ("", GREEN),
+    "dynamics-seed2": ("", GREEN),
+    "half-position-seed7": ("REINFORCE and half the step", BLUE),
 }
 
 Curves = dict[str, list[dict[str, float]]]  # the evaluations of each run, in the order of the file
@@ -62,12 +66,15 @@ def column(points: list[dict[str, float]], name: str) -> list[float]:
 
 
 def median_curve(curves: Curves) -> tuple[list[float], list[float]]:
-    """Control steps, and the median of the runs that were evaluated there. Steps with fewer than 3 are left out."""
-    at: dict[float, list[float]] = {}
-    for point in (point for points in curves.values() for point in points):
-        at.setdefault(point["env_step"], []).append(point["return_share"])
-    steps = sorted(step for step, shares in at.items() if len(shares) >= 3)
-    return steps, [median(at[step]) for step in steps]
+    """Each 10,000 control steps that two runs reached, and their median there, with lines between evaluations."""
+    steps, medians = [], []
+    for step in range(10_000, END + 1, 10_000):
+        there = [points for points in curves.values() if points[0]["env_step"] <= step <= points[-1]["env_step"]]
+        if len(there) >= 2:
+            steps.append(float(step))
+            shares = [np.interp(step, column(points, "env_step"), column(points, "return_share")) for points in there]
+            medians.append(float(median(shares)))
+    return steps, medians
 
 
 def draw_claim(path: Path) -> None:
@@ -84,20 +91,22 @@ def draw_claim(path: Path) -> None:
     steps, medians = median_curve(curves)
     by_steps.plot([], [], color=BLUE, alpha=0.5, linewidth=1, label=f"each of {len(curves)} runs (x: stopped early)")
     by_steps.plot([step / 1000 for step in steps], medians, color=BLUE, linewidth=3, label="their median")
-    draw_sac(by_steps)
+    last = max(point["env_step"] for points in curves.values() for point in points)
+    draw_sac(by_steps, last)
     for axis in (by_steps, by_hours):
         axis.axhline(EXPERT, color="0.3", linewidth=1, linestyle="--")
         axis.text(0.02, EXPERT + 0.015, "scripted expert", transform=axis.get_yaxis_transform(), fontsize=9)
-    finish(by_steps, "control steps, in thousands", 120)
-    finish(by_hours, "hours on one or two CPU cores", 2.6)
+    finish(by_steps, "control steps, in thousands", 1.05 * last / 1000)
+    longest = max(point["hours"] for points in curves.values() for point in points)
+    finish(by_hours, "hours on one or two CPU cores", 1.05 * longest)
     by_steps.set_ylabel("return / episode length")
     by_steps.legend(loc="lower right", fontsize=9)
     save(figure, path)
 
 
-def draw_sac(axis: Axes) -> None:
+def draw_sac(axis: Axes, last: float) -> None:
     """The median of RoboSuite's published SAC runs, as far as the other curves go."""
-    rows = [row for row in read_rows(HERE / "sac.csv") if float(row["env_step"]) <= 120_000]
+    rows = [row for row in read_rows(HERE / "sac.csv") if float(row["env_step"]) <= last]
     steps = [float(row["env_step"]) / 1000 for row in rows]
     shares = [float(row["return_median"]) / SAC_EPISODE for row in rows]
     axis.plot(steps, shares, color="0.25", linewidth=2, linestyle="-.", label="SAC from the full state, median")
