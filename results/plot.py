@@ -100,7 +100,7 @@ def draw_claim(path: Path) -> None:
     longest = max(point["hours"] for points in curves.values() for point in points)
     finish(by_hours, "hours on one or two CPU cores", 1.05 * longest)
     by_steps.set_ylabel("return / episode length")
-    by_steps.legend(loc="lower right", fontsize=9)
+    by_steps.legend(loc="upper left", bbox_to_anchor=(0, 0.92), fontsize=9)
     save(figure, path)
 
 
