@@ -72,8 +72,8 @@ def median_curve(curves: Curves) -> tuple[list[float], list[float]]:
         there = [points for points in curves.values() if points[0]["env_step"] <= step <= points[-1]["env_step"]]
         if len(there) >= 2:
             steps.append(float(step))
-            shares = [np.interp(step, column(points, "env_step"), column(points, "return_share")) for points in there]
-            medians.append(float(median(shares)))
+            lines = [(column(points, "env_step"), column(points, "return_share")) for points in there]
+            medians.append(median(float(np.interp(step, *line)) for line in lines))
     return steps, medians
 
 
