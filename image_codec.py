@@ -13,10 +13,10 @@ from networks import UnitNormal, init_weights
 
 ENCODER_KERNELS = {32: (4, 4, 4), 64: (4, 4, 4, 4), 128: (4, 4, 4, 4, 4)}
 DECODER_KERNELS = {
-    32: (5, 6, 6),
-    64: (5, 5, 6, 6),
-    128: (5, 5, 5, 6, 6),
-}  # sides 1-5-14-32, 1-5-13-30-64, 1-5-13-29-62-128
+    32: (5, 6, 6),  # sides 1-5-14-32
+    64: (5, 5, 6, 6),  # 1-5-13-30-64
+    128: (5, 5, 5, 6, 6),  # 1-5-13-29-62-128
+}
 IMAGE_SIZES = tuple(ENCODER_KERNELS)
 
 

@@ -35,10 +35,10 @@ EASIER = {
 BENCHMARK = {
     "rotation-1-seed0": ("hand turns at full speed", RED),
     "rotation-1e-1-long-seed0": ("rotation_scale 0.1", ORANGE),
-    "dynamics-seed0": ("0.02: the preset until 2026-11-25, seeds 0 to 2", GREEN),
+    "dynamics-seed0": ("the preset until 2026-11-25", GREEN),
     "dynamics-seed1": ("", GREEN),
     "dynamics-seed2": ("", GREEN),
-    "half-position-seed7": ("REINFORCE and half the step", BLUE),
+    "half-position-seed7": ("REINFORCE, half the step", BLUE),
 }
 
 Curves = dict[str, list[dict[str, float]]]  # the evaluations of each run, in the order of the file

@@ -246,7 +246,7 @@ class Collector:
         c = self.config
         chance = c.greedy_episodes * self.solved
         self.greedy[env] = chance > 0 and self.rng.random() < chance
-        self.limit[env] = c.eval_steps or c.episode_steps if self.greedy[env] else c.episode_steps
+        self.limit[env] = (c.eval_steps if self.greedy[env] else 0) or c.episode_steps
         self.gripper_hold.begin(env, 1.0 if self.greedy[env] else self.solved)
 
     def _choose_actions(self) -> None:
