@@ -104,9 +104,7 @@ class Config:
     train_every: Positive = 5  # agent steps between two updates; may be a fraction
     replay_focus: Share = 0.5  # share of a batch from the newest and the highest-return tenth of episodes, half each
     gripper_hold: Share = 0.3  # share of episodes with random gripper commands held at times; it falls as success rises
-    greedy_episodes: Share = (
-        0.5  # share of training episodes without noise if the last ten succeeded; less if fewer did
-    )
+    greedy_episodes: Share = 0.5  # share of episodes without noise once the last ten succeed; before that, fewer
     batch_size: Count = 16  # sequences in a batch
     batch_length: Count = 50  # agent steps in a sequence
 
