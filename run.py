@@ -23,7 +23,15 @@ from runtime import cli
 from runtime.checkpoint import Checkpointer, GlobalGenerators, ReplayFiles, RunFolder
 from runtime.collect import Collector, UpdateRatio
 from runtime.console import Failure, ProgressBar, Stopped, StopSignals, UserError, say, tolerant_output
-from runtime.device import check_gradients, keep_freed_memory, limit_threads, make_replay, pick_device, pick_precision
+from runtime.device import (
+    check_gradients,
+    keep_freed_memory,
+    limit_threads,
+    load_triton,
+    make_replay,
+    pick_device,
+    pick_precision,
+)
 from runtime.envs import EnvFailure, check_spaces, close_envs, make_envs
 from runtime.evaluate import Evaluator, MakeEnv, evaluate_policy
 from runtime.logger import Logger, Meter, Stopwatch, pick_wandb_mode
@@ -62,6 +70,7 @@ def train(config: Config, given: dict[str, Any], make_env: MakeEnv) -> None:
     device = pick_device(config.device)
     keep_freed_memory()
     limit_threads()
+    load_triton()
     with contextlib.ExitStack() as stack:
         folder = RunFolder(cli.run_dir(config))
         stack.callback(folder.release)

@@ -1,6 +1,7 @@
 """The machine that a run is on: its device, precision and memory, and a check of a device's gradients."""
 
 import ctypes
+import importlib
 import math
 import os
 import re
@@ -48,6 +49,14 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype | None:
             fast = device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
         name = "bfloat16" if fast else "float32"
     return torch.bfloat16 if name == "bfloat16" else None
+
+
+def load_triton() -> None:
+    """Load now what torch's optimizers load when the first is built: Triton, where torch comes with it.
+
+    Its LLVM and Mesa's are loaded in this order, or the process dies: not a picture may be drawn before.
+    """
+    importlib.import_module("torch._dynamo")  # takes two seconds, which `--help` need not wait
 
 
 def make_replay(

@@ -8,7 +8,9 @@ import pytest
 
 import simulated
 from runtime import console
+from runtime.device import load_triton
 
+load_triton()  # before the first test that draws
 REFERENCE_ERRORS = pytest.StashKey[list]()
 FILES_A_TABLE = 7  # columns
 

@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -26,3 +30,20 @@ def test_a_deviation_is_relative_to_the_gradient_and_found_with_its_name():
     off = gradient_deviation(reference | {"b": torch.full((4,), 0.1)}, reference)
     assert off[0] > 1 and off[1] == "b"
     assert gradient_deviation(reference | {"a": torch.full((4,), float("nan"))}, reference)[0] == float("inf")
+
+
+def test_triton_is_loaded_before_a_picture_is_drawn():
+    """With the torch of PyPI for Linux, an optimizer's first import of Triton crashed once Mesa had drawn."""
+    code = """
+import sys
+import run
+
+def make_env(**options):
+    assert "torch._dynamo" in sys.modules
+    sys.exit("loaded before")
+
+run.main(["--preset", "debug", "--wandb", "disabled", "--run_dir", sys.argv[1]], make_env)
+"""
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code, "unused"], cwd=root, capture_output=True, text=True)
+    assert done.stderr.strip() == "loaded before"
