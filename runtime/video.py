@@ -42,6 +42,7 @@ def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
         imageio.mimwrite(
             aside,
             list(frames),
+            format="FFMPEG",  # without it, what else imageio knows is tried, and fails in ways of its own
             fps=fps,
             codec="libx264",
             quality=8,
