@@ -50,7 +50,6 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     task            a single-arm task of RoboSuite's, or one of yours: defining its class registers it
     robot           a robot with one arm, such as "Panda"
     controller      one of CONTROLLERS: "OSC_POSE" has 7 actions with the gripper, "OSC_POSITION" 4
-    position_scale  a factor for the movements of OSC_POSE and OSC_POSITION; at 1, they are at most 5 cm a control step
     rotation_scale  a factor for the rotations of OSC_POSE; at 1, they are at most half a radian a control step
     cameras         names of the model's cameras, whose pictures are stacked as channels in this order
     image_size      height and width in pixels
@@ -79,7 +78,6 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         task: str,
         robot: str,
         controller: str,
-        position_scale: float = 1.0,
         rotation_scale: float = 1.0,
         cameras: Sequence[str],
         image_size: int,
@@ -94,7 +92,7 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._task: Any = None
         _check_numbers(image_size, action_repeat, episode_steps, seed)
         _check_rates(control_freq, physics_step)
-        _check_controller(controller, position_scale=position_scale, rotation_scale=rotation_scale)
+        _check_controller(controller, rotation_scale)
         _check_cameras(cameras)
         mujoco, robosuite = _import_simulator()
         _check_names(task, robot)
@@ -107,7 +105,7 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             self._task = robosuite.make(
                 task,
                 robots=robot,
-                controller_configs=_controller_config(robot, controller, position_scale, rotation_scale),
+                controller_configs=_controller_config(robot, controller, rotation_scale),
                 control_freq=control_freq,
                 reward_shaping=reward_shaping,
                 seed=int(seed),
@@ -342,8 +340,8 @@ def _snapshot(model: Any) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(array, array.copy()) for array in arrays if 0 < array.nbytes < RESTORED_BYTES]
 
 
-def _controller_config(robot: str, controller: str, position_scale: float, rotation_scale: float) -> dict[str, Any]:
-    """The robot's own configuration, but for the arm's controller and how far that moves and turns the hand."""
+def _controller_config(robot: str, controller: str, rotation_scale: float) -> dict[str, Any]:
+    """The robot's own configuration, but for the arm's controller and how far that turns the hand."""
     from robosuite.controllers import load_composite_controller_config, load_part_controller_config
 
     config = load_composite_controller_config(robot=robot)
@@ -351,10 +349,9 @@ def _controller_config(robot: str, controller: str, position_scale: float, rotat
     if arm["type"] != controller:
         part = load_part_controller_config(default_controller=controller)
         arm = config["body_parts"]["right"] = part | {"gripper": arm["gripper"]}
-    if controller in ("OSC_POSE", "OSC_POSITION"):
-        for limit in ("output_max", "output_min"):  # meters in x, y, z, then OSC_POSE's radians about them
-            meters, radians = arm[limit][:3], arm[limit][3:]
-            arm[limit] = [*(position_scale * x for x in meters), *(rotation_scale * x for x in radians)]
+    if controller == "OSC_POSE" and rotation_scale != 1:
+        for limit in ("output_max", "output_min"):  # meters in x, y, z, then in radians about them
+            arm[limit] = [*arm[limit][:3], *(rotation_scale * radians for radians in arm[limit][3:])]
     return config
 
 
@@ -393,12 +390,11 @@ def _check_rates(control_freq: float, physics_step: float) -> None:
         raise ValueError(f"control_freq={control_freq!r}: must divide {rate}: use one of {valid}")
 
 
-def _check_controller(controller: str, **scales: float) -> None:
+def _check_controller(controller: str, rotation_scale: float) -> None:
     if controller not in CONTROLLERS:
         raise ValueError(f"controller={controller!r}: use one of {', '.join(CONTROLLERS)}")
-    for name, scale in scales.items():
-        if not isinstance(scale, int | float) or not 0 < scale <= 1:
-            raise ValueError(f"{name}={scale!r}: use a number above 0 and at most 1")
+    if not isinstance(rotation_scale, int | float) or not 0 < rotation_scale <= 1:
+        raise ValueError(f"rotation_scale={rotation_scale!r}: use a number above 0 and at most 1")
 
 
 def _check_cameras(cameras: Sequence[str]) -> None:

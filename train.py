@@ -68,7 +68,6 @@ class Config:
     task: Env[Fixed[str]] = "Lift"  # name of a single-arm RoboSuite task
     robot: Env[Fixed[str]] = "Panda"  # name of a RoboSuite robot with one arm
     controller: Env[Fixed[str]] = "OSC_POSE"  # OSC_POSE moves and turns the hand (6 numbers), OSC_POSITION moves it (3)
-    position_scale: Env[Fixed[PositiveShare]] = 0.5  # commands that move the hand are multiplied by this number
     rotation_scale: Env[Fixed[PositiveShare]] = 0.02  # commands that turn the hand are multiplied by this number
     cameras: Env[Fixed[tuple[str, ...]]] = ("agentview", "robot0_eye_in_hand")  # cameras that the agent sees through
     image_size: Env[Fixed[Literal[32, 64, 128]]] = 64  # height and width of a camera picture, in pixels
@@ -120,8 +119,9 @@ class Config:
     discount_units: Size = 400  # units of each hidden layer of the discount head
     discount_head: Fixed[bool] = True  # learn where episodes terminate; if false, the discount is constant
     grad_heads: Heads = ("decoder", "reward", "discount")  # heads whose gradients shape the latent state
+    reward_norm: bool = True  # divide the rewards that the model learns by the running standard deviation of rewards
     reward_transform: Literal["none", "tanh"] = "none"  # tanh: the model learns the tanh of each reward
-    reward_scale: Weight = 100.0  # weight of the reward loss
+    reward_scale: Weight = 10.0  # weight of the reward loss
     discount_scale: Weight = 1.0  # weight of the discount loss
     kl_scale: Weight = 1.0  # weight of the KL loss
     kl_balance: Share = 0.8  # share of the KL loss that trains the prior; the rest trains the posterior
@@ -231,7 +231,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # The author's dmc_vision numbers; docs/departures.md lists what is still ours.
     "paper": {
-        "position_scale": 1.0,
         "rotation_scale": 1.0,
         "cameras": ("agentview",),
         "episode_steps": 500,
@@ -244,6 +243,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "greedy_episodes": 0.0,
         "discount_head": False,
         "grad_heads": ("decoder", "reward"),
+        "reward_norm": False,
         "reward_scale": 1.0,
         "kl_free": 1.0,
         "kl_free_avg": True,
@@ -259,6 +259,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 CONTEXT = 5  # frames observed before an open-loop prediction
+REWARD_MOMENTUM = 0.01  # share of the newest batch in the running size of rewards
+LEAST_REWARD = 1e-3  # rewards that are smaller still are not enlarged: there may be none but zeros
 SATURATED = 0.95  # an action beyond it counts as saturated in the metrics
 USED_NATS, USED_VARIANCE = 0.01, 0.01  # above it, a latent tells something about the image (`latents_used`)
 
@@ -291,6 +293,9 @@ class Prediction(NamedTuple):
 class WorldModel(nn.Module):
     """Encoder, RSSM, decoder, reward and discount heads, and their loss."""
 
+    reward_var: Tensor  # (), running variance of the rewards in a batch, which began at 0
+    reward_known: Tensor  # (), how much of it comes from batches; the rest is that 0
+
     def __init__(self, config: Config, image_shape: tuple[int, int, int], action_size: int):
         super().__init__()
         c = self.config = config
@@ -299,6 +304,8 @@ class WorldModel(nn.Module):
         self.rssm = build_rssm(c, self.encoder.embed_size, action_size)
         self.decoder = Decoder(self.rssm.feat_size, size, channels, c.cnn_depth)
         self.reward = Head(self.rssm.feat_size, c.reward_layers, c.reward_units, UnitNormal)
+        self.register_buffer("reward_var", torch.zeros(()))
+        self.register_buffer("reward_known", torch.zeros(()))
         self.discount = None
         if c.discount_head:
             self.discount = Head(self.rssm.feat_size, c.discount_layers, c.discount_units, Bernoulli)
@@ -311,6 +318,7 @@ class WorldModel(nn.Module):
         feat = post.feat
         decoded, target = self._frames(feat, image, draws)
         image_dist = self.decoder(self._head_input("decoder", decoded))
+        self._measure(batch.reward)
         reward = self.learned_reward(batch.reward)
         losses = {
             "image": -image_dist.log_prob(target).mean(),
@@ -328,6 +336,7 @@ class WorldModel(nn.Module):
             metrics = {f"model/{name}_loss": value.detach() for name, value in losses.items()}
             metrics |= {
                 "model/loss": loss.detach(),
+                "model/reward_size": self.reward_size(),
                 # What the loss is made of, without another pass over all pixels.
                 "model/image_mse": 2 * losses["image"] / math.prod(target.shape[-3:]) - LOG_2PI,
                 "model/kl": kl.mean(),
@@ -363,8 +372,22 @@ class WorldModel(nn.Module):
         return Imagination(feat, action, policies, reward, discount, weight)
 
     def learned_reward(self, reward: Tensor) -> Tensor:
-        """The environment's rewards as the reward head learns them."""
+        """The environment's rewards as the reward head learns them: of the same size on every task."""
+        reward = reward / self.reward_size()
         return reward.tanh() if self.config.reward_transform == "tanh" else reward
+
+    def reward_size(self) -> Tensor:
+        """What rewards are divided by, a scalar: the running standard deviation of an agent step's reward, or 1."""
+        if not self.config.reward_norm:
+            return torch.ones_like(self.reward_var)
+        return (self.reward_var / self.reward_known).sqrt().clamp(min=LEAST_REWARD)
+
+    def _measure(self, reward: Tensor) -> None:
+        var = reward.var(correction=0)
+        finite = var.isfinite()  # an update that is skipped for a NaN leaves no trace
+        share = REWARD_MOMENTUM * finite
+        self.reward_var.lerp_(torch.where(finite, var, self.reward_var), share)
+        self.reward_known.lerp_(torch.ones_like(var), share)
 
     def filter(self, batch: Batch, draws: Draws) -> RSSMState:
         """Posteriors (T, B, ...) of a batch."""

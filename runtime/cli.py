@@ -220,8 +220,7 @@ def check_config(config: Config) -> None:
 
 def check_same_run(run_dir: Path, saved: dict[str, Any], config: Config) -> None:
     """Refuse to continue a run with other fixed constants (UserError); say which other constants changed."""
-    unused = {"OSC_POSE": set(), "OSC_POSITION": {"rotation_scale"}}
-    fixed = {*marked("fixed")} - unused.get(config.controller, {"position_scale", "rotation_scale"})
+    fixed = {*marked("fixed")} - ({"rotation_scale"} if config.controller != "OSC_POSE" else set())
     for name, new in dataclasses.asdict(config).items():
         if name in fixed and name not in saved:  # its default of today may not be what it was
             raise UserError(f"the run in {run_dir} is from another release, without {name}: choose another --run_dir")

@@ -474,8 +474,9 @@ class Evaluator:
         model = analysis.prediction.image[:, :SEQUENCES].float().cpu().numpy()
         self._video(step, "openloop", open_loop_video(truth, model, c.cameras, CONTEXT))
         dream = self.agent.dream(Batch(*(x[:CONTEXT] for x in windows)), DREAM_STEPS, draws)
-        image, reward = dream.image.float().cpu().numpy(), dream.reward.cpu().numpy() / c.action_repeat
-        self._video(step, "dream", dream_video(truth[:CONTEXT], image, reward, c.cameras, c.horizon))
+        image = dream.image.float().cpu().numpy()
+        reward = dream.reward * self.agent.world_model.reward_size() / c.action_repeat  # of a control step
+        self._video(step, "dream", dream_video(truth[:CONTEXT], image, reward.cpu().numpy(), c.cameras, c.horizon))
 
     def _video(self, step: int, name: str, frames: np.ndarray) -> None:
         self.stop.check()

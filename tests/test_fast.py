@@ -227,8 +227,12 @@ class Kernels(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.calls: list[tuple] = []
+        self.overwritten: list[tuple[torch.Tensor, torch.Tensor]] = []  # with what was there before
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for argument, value in zip(function._schema.arguments, args, strict=False):
+            if argument.alias_info and argument.alias_info.is_write:
+                self.overwritten.append((value, value.clone()))
         result = function(*args, **(kwargs or {}))
         self.calls.append((function, args, kwargs or {}, result))
         return result
@@ -244,7 +248,7 @@ class Kernels(TorchDispatchMode):
 
 @pytest.fixture
 def fake_graphs(monkeypatch):
-    """CUDA's graphs played by `Kernels`, whose captures leave the random numbers as they were."""
+    """CUDA's graphs played by `Kernels`, whose captures leave random numbers and buffers as they were."""
 
     @contextlib.contextmanager
     def capture(kernels: Kernels, pool: str, stream: None):
@@ -252,6 +256,8 @@ def fake_graphs(monkeypatch):
         generator = torch.get_rng_state()
         with kernels:
             yield
+        for value, before in reversed(kernels.overwritten):
+            value.data.copy_(before)
         torch.set_rng_state(generator)
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Kernels)
@@ -266,7 +272,7 @@ def fake_graphs(monkeypatch):
         dict(target_every=2),
         dict(decode_fraction=0.5, imagine_starts=7, discount_head=False),
         dict(actor_grad="both", actor_dist="tanh_normal", classes=0),
-        dict(actor_grad="reinforce"),
+        dict(actor_grad="reinforce", reward_norm=True),
     ],
     ids=["standard", "cpu", "gaussian", "reinforce"],
 )

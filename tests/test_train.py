@@ -2,6 +2,7 @@ import ast
 import copy
 import graphlib
 import io
+import itertools
 import math
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from runtime.cli import check_config
 from runtime.console import UserError
 from tiny import ACTION_SIZE, descend, image_shape, random_batch, seeded, tiny_config, tiny_dreamer
 from train import (
+    LEAST_REWARD,
     PRESETS,
     Behavior,
     Config,
@@ -185,6 +187,35 @@ def test_grad_heads_choose_who_shapes_the_latents(name):
         model.loss(random_batch(config), seeded())[0].backward()
         assert all(gradient_size(head) > 0 for head in (model.decoder, model.reward, model.discount))
         assert (gradient_size(model.encoder) > 0) == (gradient_size(model.rssm) > 0) == bool(heads)
+
+
+@pytest.mark.parametrize("size", [0.01, 1.0, 100.0])
+def test_learned_rewards_have_the_same_size_on_every_task(size):
+    """Rewards of any size are learned as rewards with a standard deviation of 1, from the first batch on."""
+    model = tiny_dreamer(tiny_config(reward_norm=True)).world_model
+    for seed in range(4):
+        batch = random_batch(model.config, seed)
+        batch = batch._replace(reward=size * batch.reward)
+        metrics = model.loss(batch, seeded())[2]
+        if seed == 0:
+            assert float(model.learned_reward(batch.reward).std(correction=0)) == pytest.approx(1, rel=1e-5)
+    spread = [size * float(random_batch(model.config, seed).reward.var(correction=0)) ** 0.5 for seed in range(4)]
+    assert min(spread) < float(metrics["model/reward_size"]) < max(spread)
+
+
+def test_rewards_that_are_all_zero_stay_zero():
+    """Before a task's first reward there is nothing to enlarge, and the first one is finite."""
+    model = tiny_dreamer(tiny_config(reward_norm=True)).world_model
+    batch = random_batch(model.config)
+    model.loss(batch._replace(reward=torch.zeros_like(batch.reward)), seeded())
+    assert model.learned_reward(torch.tensor([0.0, 1.0])).tolist() == [0.0, pytest.approx(1 / LEAST_REWARD)]
+
+
+def test_rewards_are_learned_as_they_are_without_normalization():
+    """As in the author's code."""
+    model = tiny_dreamer(tiny_config(reward_norm=False)).world_model
+    model.loss(random_batch(model.config), seeded())
+    assert model.learned_reward(torch.tensor(0.3)) == torch.tensor(0.3)
 
 
 def test_reward_transform():
@@ -715,10 +746,11 @@ def test_loading_keeps_the_present_learning_rate():
     dreamer, loaded = tiny_dreamer(tiny_config()), tiny_dreamer(tiny_config(**still))
     updated(dreamer, 0)
     loaded.load_state_dict(saved_and_loaded(dreamer))
-    before = parameters(loaded.world_model), parameters(loaded.behavior.actor), parameters(loaded.behavior.value)
-    updated(loaded, 1)
     modules = loaded.world_model, loaded.behavior.actor, loaded.behavior.value
-    assert all(unchanged(m, b) for m, b in zip(modules, before, strict=True))
+    before = copy.deepcopy([list(m.parameters()) for m in modules])
+    updated(loaded, 1)
+    now = [list(m.parameters()) for m in modules]
+    assert all(map(torch.equal, itertools.chain(*now), itertools.chain(*before)))
 
 
 @pytest.mark.parametrize(
