@@ -145,9 +145,10 @@ class ReplayBuffer:
         row = env * self.rows + position % self.rows
         self.image[row] = _moved(torch.as_tensor(image), self.image.device)
         self.action[row] = _moved(torch.as_tensor(transition.action), self.image.device)
-        self.reward[row] = float(transition.reward)
-        self.is_first[row] = bool(transition.is_first)
-        self.is_terminal[row] = bool(transition.is_terminal)
+        # Assigned, a number would be copied to a GPU, and the host would wait for all that the GPU has to do before.
+        self.reward[row].fill_(float(transition.reward))
+        self.is_first[row].fill_(bool(transition.is_first))
+        self.is_terminal[row].fill_(bool(transition.is_terminal))
         episodes[-1].length += 1
         self.written[env] += 1
         self._forget(env)
