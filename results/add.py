@@ -10,6 +10,7 @@ again replaces what the tables have of it, for instance once it has gone on.
 import argparse
 import contextlib
 import csv
+import io
 import json
 import subprocess
 import sys
@@ -64,10 +65,11 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 def write_table(path: Path, columns: Collection[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Write a csv file. Every row must have all the columns and no others."""
-    with path.open("w", newline="") as file:
-        writer: csv.DictWriter[str] = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()  # a row that does not fit must not leave half a file
+    writer: csv.DictWriter[str] = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    path.write_text(text.getvalue())
 
 
 def read_config(run_dir: Path) -> Config:

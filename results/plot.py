@@ -38,7 +38,9 @@ BENCHMARK = {
     "dynamics-seed0": ("the preset until 2026-11-25", GREEN),
     "dynamics-seed1": ("", GREEN),
     "dynamics-seed2": ("", GREEN),
-    "half-position-seed7": ("REINFORCE, half the step", BLUE),
+    "half-step-seed0": ("REINFORCE, half the step", BLUE),
+    "half-step-seed1": ("", BLUE),
+    "half-step-seed2": ("", BLUE),
 }
 
 Curves = dict[str, list[dict[str, float]]]  # the evaluations of each run, in the order of the file
@@ -115,11 +117,12 @@ def draw_sac(axis: Axes, last: float) -> None:
 def draw_experiments(path: Path) -> None:
     """The easier task on the left, the benchmark's on the right."""
     curves = read_curves(HERE / "experiments" / "curves.csv")
-    rows = read_rows(HERE / "experiments" / "runs.csv")
+    rows = [row for row in read_rows(HERE / "experiments" / "runs.csv") if row["task"] == "Lift"]
+    lift = {row["run"] for row in rows}
     easier = {row["run"] for row in rows if "--controller=OSC_POSITION" in row["overrides"]}
     figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True)
     for axis, chosen, end in ((axes[0], EASIER, 60), (axes[1], BENCHMARK, 120)):
-        mine = {run: points for run, points in curves.items() if (run in easier) == (chosen is EASIER)}
+        mine = {run: points for run, points in curves.items() if run in lift and (run in easier) == (chosen is EASIER)}
         for run in sorted(mine, key=lambda run: run in chosen):  # the chosen ones last, on top
             label, color = chosen.get(run, ("", GRAY))
             steps = [step / 1000 for step in column(mine[run], "env_step")]
