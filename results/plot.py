@@ -169,7 +169,7 @@ def table() -> list[str]:
             run["cores"],
             f"{int(first['env_step']):,}, {60 * float(first['hours']):.0f} min" if first else "not yet",
             run["commit"].split(";")[-1].split()[0],
-            f"`python run.py --preset cpu --seed {run['seed']}`",
+            f"`{' '.join(['python run.py --preset cpu --seed', run['seed'], run['overrides']]).strip()}`",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
