@@ -32,7 +32,7 @@ def test_a_deviation_is_relative_to_the_gradient_and_found_with_its_name():
     assert gradient_deviation(reference | {"a": torch.full((4,), float("nan"))}, reference)[0] == float("inf")
 
 
-def test_triton_is_loaded_before_a_picture_is_drawn():
+def test_triton_is_loaded_before_a_picture_is_drawn(tmp_path):
     """With the torch of PyPI for Linux, an optimizer's first import of Triton crashed once Mesa had drawn."""
     code = """
 import sys
@@ -45,5 +45,5 @@ def make_env(**options):
 run.main(["--preset", "debug", "--wandb", "disabled", "--run_dir", sys.argv[1]], make_env)
 """
     root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", code, "unused"], cwd=root, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "run"], cwd=root, capture_output=True, text=True)
     assert done.stderr.strip() == "loaded before"
