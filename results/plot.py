@@ -100,9 +100,9 @@ def draw_claim(path: Path) -> None:
         axis.text(0.02, EXPERT + 0.015, "scripted expert", transform=axis.get_yaxis_transform(), fontsize=9)
     finish(by_steps, "control steps, in thousands", 1.05 * last / 1000)
     longest = max(point["hours"] for points in curves.values() for point in points)
-    finish(by_hours, "hours on one or two CPU cores", 1.05 * longest)
+    finish(by_hours, "hours on one CPU core", 1.05 * longest)
     by_steps.set_ylabel("return / episode length")
-    by_steps.legend(loc="upper left", bbox_to_anchor=(0, 0.92), fontsize=9)
+    by_steps.legend(loc="lower right", bbox_to_anchor=(1, 0.09), fontsize=9)
     save(figure, path)
 
 
