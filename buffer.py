@@ -44,6 +44,10 @@ class Transition(NamedTuple):
     is_terminal: bool
 
 
+BEST = 10  # episodes at most: among more, a first success would be rare
+RETURN_SHARE = 1e-4  # what the return counts in an episode's score
+
+
 class Batch(NamedTuple):
     """Sequences of rows, time first."""
 
@@ -65,7 +69,7 @@ class Episode:
     start: int
     length: int
     number: int = -1  # of a finished episode, in the order in which they finished; -1: it is running
-    total: float = 0.0  # return of a finished episode
+    score: float = 0.0  # how good a finished episode is
     file: str = ""  # that keeps the rows of a finished episode; empty: none does
 
 
@@ -77,8 +81,8 @@ class ReplayBuffer:
         num_envs: environments that write.
         image_shape, action_size: (C, H, W) and A.
         seed: of the sampling generator, which is the buffer's own.
-        focus: share of the windows that are made of the newest and of the best tenth of the episodes, half of it
-            each; the others, and without it all, are made of all rows.
+        focus: share of the windows that are made of the newest and of the best tenth of the episodes (of the
+            best at most ten, by `_score`), half of it each; the others, and without it all, are made of all rows.
         device: where the rows lie and batches are made.
     """
 
@@ -103,7 +107,7 @@ class ReplayBuffer:
         self.is_terminal = torch.empty(total, dtype=torch.bool, device=device)
         self.written = [0] * num_envs  # rows ever written into each ring
         self.episodes: list[deque[Episode]] = [deque() for _ in range(num_envs)]
-        self.finished = np.empty((5, 0))  # of each finished one: ring, first row, end, number, return; by number
+        self.finished = np.empty((5, 0))  # of each finished one: ring, first row, end, number, score; by number
         self.rng, self.focus = np.random.default_rng(seed), focus
 
     def __len__(self) -> int:
@@ -157,7 +161,7 @@ class ReplayBuffer:
         """Say that the newest episode of `env` has ended, as the run's finished episode `number`."""
         episode = self.episodes[env][-1]
         rows = self._index(env, episode.start, episode.length)
-        episode.number, episode.total = number, _total(self.reward[rows].cpu().numpy())
+        episode.number, episode.score = number, _score(self.reward[rows].cpu().numpy())
         self._tabulate(env, episode)
 
     def export(self, env: int, episode: Episode) -> dict[str, np.ndarray]:
@@ -183,7 +187,7 @@ class ReplayBuffer:
         for name in self.COLUMNS:
             getattr(self, name)[rows] = torch.as_tensor(columns[name][-length:], device=rows.device)
         self.is_first[rows] = torch.arange(length, device=rows.device) == 0  # also where first rows are missing
-        episode = Episode(self.written[env], length, number, _total(columns["reward"]), file)
+        episode = Episode(self.written[env], length, number, _score(columns["reward"]), file)
         self.episodes[env].append(episode)
         self.written[env] += length
         self._forget(env)
@@ -209,7 +213,7 @@ class ReplayBuffer:
 
     def _tabulate(self, env: int, episode: Episode) -> None:
         """Enter a finished episode into the table, which spares sampling a look at each `Episode`."""
-        entry = env, episode.start, episode.start + episode.length, episode.number, episode.total
+        entry = env, episode.start, episode.start + episode.length, episode.number, episode.score
         self.finished = np.insert(self.finished, np.searchsorted(self.finished[3], episode.number), entry, axis=1)
 
     def sample(self, batch_size: int, batch_length: int) -> Batch:
@@ -229,9 +233,9 @@ class ReplayBuffer:
         return Batch(self.image[index], self.action[index], self.reward[index], is_first, self.is_terminal[index])
 
     def _newest_and_best(self, oldest: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """The newest tenth of the episodes and the best, each as ring, first row and end (3, n).
+        """The newest and the best tenth of the episodes, at most BEST of these, each as ring, first row and end (3, n).
 
-        A running episode is among the newest, and has no return yet. While the newest tenth has fewer than `rows`
+        A running episode is among the newest, and has no score yet. While the newest tenth has fewer than `rows`
         rows, older episodes are added: a window would repeat the few rows of an episode that has just begun.
         """
         last = [(env, x[-1], self.written[env]) for env, x in enumerate(self.episodes) if x]
@@ -241,7 +245,7 @@ class ReplayBuffer:
         parts[1] = np.maximum(parts[1], oldest[parts[0]])
         tenth = math.ceil(table.shape[1] / 10)
         enough = 1 + int(np.searchsorted((parts[2] - parts[1])[::-1].cumsum(), rows))
-        return parts[:, -max(tenth, enough) :], parts[:, _highest(table[4], tenth)]
+        return parts[:, -max(tenth, enough) :], parts[:, _highest(table[4], min(tenth, BEST))]
 
 
 def _windows(rng: np.random.Generator, parts: np.ndarray, count: int, length: int) -> np.ndarray:
@@ -276,6 +280,10 @@ def _moved(x: Tensor, device: torch.device | str) -> Tensor:
     return x.to(device)
 
 
-def _total(reward: np.ndarray) -> float:
-    """The return of an episode, the same to the last bit whether its rows come from memory or from a file."""
-    return float(reward.sum(dtype=np.float64))
+def _score(reward: np.ndarray) -> float:
+    """How good an episode is: its largest reward, or of equal ones, as where tasks are solved, its return.
+
+    By returns alone, an episode that solves the task at its very end would rank behind those that never do. The score
+    is the same to the last bit whether its rows come from memory or from a file.
+    """
+    return float(reward.max()) + RETURN_SHARE * float(reward.sum(dtype=np.float64))

@@ -65,6 +65,7 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     `truncated` at the episode's length; `terminated` only if the task ends itself, as Wipe does.
     info["success"]: whether the task was solved after any control step of this step (or is, at a reset).
     metadata["gripper"]: whether the last action is a gripper's; Wipe's robots have none.
+    metadata["moves"]: how many of the first actions move the hand: three with OSC, and all joints without.
 
     After construction `np_random` is the only source of randomness: an episode depends on the constructor's
     arguments, np_random's state at the reset and the actions, and on nothing that happened before. Setting
@@ -122,10 +123,12 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._image_shape, self._action_shape = (3 * len(camera_ids), image_size, image_size), (self._task.action_dim,)
         self.observation_space = gymnasium.spaces.Box(0, 255, self._image_shape, np.uint8)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, self._action_shape, np.float32)
+        gripper = any(part.dof > 0 for part in self._task.robots[0].gripper.values())
         self.metadata = {
             "render_modes": ["rgb_array"],
             "render_fps": control_freq / action_repeat,
-            "gripper": any(gripper.dof > 0 for gripper in self._task.robots[0].gripper.values()),
+            "gripper": gripper,
+            "moves": 3 if controller.startswith("OSC") else self._task.action_dim - gripper,
         }
         self.render_mode = "rgb_array"
 

@@ -101,8 +101,8 @@ class Config:
     prefill: Count = 5_000  # agent steps of random actions before the first update
     pretrain: Whole = 100  # updates made at once after the prefill
     train_every: Positive = 5  # agent steps between two updates; may be a fraction
-    replay_focus: Share = 0.5  # share of a batch from the newest and the highest-return tenth of episodes, half each
-    gripper_hold: Share = 0.3  # share of episodes with random gripper commands held at times; it falls as success rises
+    replay_focus: Share = 0.5  # share of a batch from the newest and from the best tenth of episodes, half each
+    held_actions: Share = 0.5  # share of episodes with random commands held at times; it falls as success rises
     greedy_episodes: Share = 0.5  # share of episodes without noise once the last ten succeed; before that, fewer
     batch_size: Count = 16  # sequences in a batch
     batch_length: Count = 50  # agent steps in a sequence
@@ -119,9 +119,9 @@ class Config:
     discount_units: Size = 400  # units of each hidden layer of the discount head
     discount_head: Fixed[bool] = True  # learn where episodes terminate; if false, the discount is constant
     grad_heads: Heads = ("decoder", "reward", "discount")  # heads whose gradients shape the latent state
-    reward_norm: bool = True  # divide the rewards that the model learns by the running standard deviation of rewards
+    reward_norm: bool = False  # divide the rewards that the model learns by their spread: for very large or small ones
     reward_transform: Literal["none", "tanh"] = "none"  # tanh: the model learns the tanh of each reward
-    reward_scale: Weight = 10.0  # weight of the reward loss
+    reward_scale: Weight = 100.0  # weight of the reward loss; with reward_norm, 10 is about right
     discount_scale: Weight = 1.0  # weight of the discount loss
     kl_scale: Weight = 1.0  # weight of the KL loss
     kl_balance: Share = 0.8  # share of the KL loss that trains the prior; the rest trains the posterior
@@ -239,11 +239,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval_action": "mode",
         "prefill": 1_000,
         "replay_focus": 0.0,
-        "gripper_hold": 0.0,
+        "held_actions": 0.0,
         "greedy_episodes": 0.0,
         "discount_head": False,
         "grad_heads": ("decoder", "reward"),
-        "reward_norm": False,
         "reward_scale": 1.0,
         "kl_free": 1.0,
         "kl_free_avg": True,
@@ -255,6 +254,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "return_norm": False,
         "target_every": 100,
     },
+}
+
+TASKS: dict[str, dict[str, Any]] = {  # constants that a task replaces, unless a preset or a flag does
+    "Door": {"cameras": ("sideview", "robot0_eye_in_hand")},  # agentview hardly shows its door and the hand
 }
 
 

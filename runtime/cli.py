@@ -22,7 +22,7 @@ from runtime.console import UserError, say
 from runtime.device import free_memory, pick_device
 from runtime.envs import Envs
 from runtime.logger import Logger
-from train import PRESETS, Config, Dreamer, Range
+from train import PRESETS, TASKS, Config, Dreamer, Range
 
 DESCRIPTION = """\
 Train DreamerV2 on RoboSuite, evaluate what it learnt, or draw its curves:
@@ -73,7 +73,7 @@ def parse(argv: Sequence[str]) -> Command:
     preset = flags.preset
     if preset == "auto":
         preset = "cpu" if pick_device(flags.device).type == "cpu" else "standard"
-    config = Config(**PRESETS[preset] | given | {"preset": preset})
+    config = Config(**TASKS.get(flags.task, {}) | PRESETS[preset] | given | {"preset": preset})
     if "eval" in named and not flags.eval:
         raise UserError("--eval needs a run folder or a policy file")
     if "report" in named and not all(flags.report or [""]):
@@ -253,8 +253,10 @@ def preflight(
     c = config
     why = "as asked" if given.get("preset", "auto") != "auto" else f"--preset auto on {agent.device}"
     say(f"preset {c.preset} ({why}), seed {c.seed}, {c.steps} control steps")
-    if replaced := [f"{name}={_text(getattr(c, name))}" for name in PRESETS[c.preset] if name not in given]:
-        say(textwrap.fill(f"the preset replaces: {', '.join(replaced)}", 79, subsequent_indent="  "))
+    of_task = TASKS.get(c.task, {}).keys() - PRESETS[c.preset].keys()
+    for what, names in (("preset", PRESETS[c.preset].keys()), (f"task {c.task}", of_task)):
+        if replaced := [f"{name}={_text(getattr(c, name))}" for name in names if name not in given]:
+            say(textwrap.fill(f"the {what} replaces: {', '.join(replaced)}", 79, subsequent_indent="  "))
     precision = "bfloat16 products, float32 parameters" if agent.autocast_dtype else "float32"
     threads = f", threads: {torch.get_num_threads()}" if agent.device.type == "cpu" else ""
     say(f"device {agent.device}, {precision}{threads}")
@@ -262,8 +264,8 @@ def preflight(
         f"task {c.task} with {c.robot}, {c.controller}, {c.num_envs} env(s): image {agent.image_shape}, "
         f"{agent.action_size} actions"
     )
-    if c.gripper_hold and not envs.metadata.get("gripper"):
-        say(f"gripper_hold {c.gripper_hold} is off: this environment's last action is no gripper's")
+    if c.held_actions and not (envs.metadata.get("gripper") or envs.metadata.get("moves")):
+        say(f"held_actions {c.held_actions} is off: this environment's metadata names no gripper and no moves")
     modules = {"world model": agent.world_model, "actor": agent.behavior.actor, "value": agent.behavior.value}
     sizes = {name: sum(p.numel() for p in module.parameters()) / 1e6 for name, module in modules.items()}
     say("parameters: " + ", ".join(f"{name} {size:.2f} M" for name, size in sizes.items()))

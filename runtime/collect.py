@@ -1,4 +1,4 @@
-"""Collection: exploration of the gripper, the ratio of updates to steps, and the collector that fills the replay."""
+"""Collection: exploration by held actions, the ratio of updates to steps, and the collector that fills the replay."""
 
 import contextlib
 import dataclasses
@@ -21,41 +21,67 @@ LAST = 10  # episodes whose success decides how much is explored
 FAILED, RECENT = 10, 20  # a run ends when so many of its last episodes have failed
 
 
-class GripperHold:
-    """Exploration that now and then holds a random command of the gripper, the last action, for several steps.
+class HeldActions:
+    """Exploration that now and then holds a random command for several steps (Dabney et al. 2021, arXiv 2006.01782).
 
-    Only the sign of that action counts, and RoboSuite's fingers need about 0.4 s to open or close. Signs drawn anew
-    every step leave them half open, where the cube doesn't fit between them. A `share` of the policy's episodes is
-    disturbed, less if the task is often solved, and all random actions before training are, unless it is 0. When a run
-    goes on, only the state of `rng` has to come back.
+    Noise that is drawn anew in every step averages out: it leaves the fingers half open, since only the sign of their
+    command counts and they need 0.4 s, and it takes the hand nowhere. A `share` of the policy's episodes is disturbed,
+    less if the task is often solved. In these, holds of two kinds begin at random: of the gripper, the last action,
+    and of one of the first `moves` actions, at its bound while the arm's others are 0. The random actions before
+    training have the gripper held all the time. When a run goes on, only the state of `rng` has to come back.
+
+    Args:
+        share: of the policy's episodes; with 0 nothing is held, before training either.
+        gripper: whether the last action is a gripper's.
+        moves: how many of the first actions move the hand.
     """
 
-    START = 0.1  # chance of a disturbed policy's step to begin a hold
-    STEPS = (4, 13)  # agent steps of a hold
+    GRIPPER_START, GRIPPER_STEPS = 0.1, (4, 13)  # chance of a step to begin a hold, and its agent steps
+    MOVE_START, MOVE_STEPS = 0.02, 20  # Door opens if the hand goes straight on for about that long
 
-    def __init__(self, share: float, num_envs: int, rng: np.random.Generator):
-        self.share, self.rng = share, rng
+    def __init__(self, share: float, num_envs: int, rng: np.random.Generator, *, gripper: bool, moves: int):
+        self.share, self.rng, self.gripper, self.moves = share, rng, gripper, moves
         self.disturbed = np.zeros(num_envs, bool)
-        self.left, self.command = np.zeros(num_envs, int), np.zeros(num_envs)
+        self.gripper_left, self.command = np.zeros(num_envs, int), np.zeros(num_envs)
+        self.move_left, self.axis, self.side = np.zeros(num_envs, int), np.zeros(num_envs, int), np.zeros(num_envs)
 
     def begin(self, env: int, solved: float = 0.0) -> None:
         """An episode of environment `env` begins; `solved` is the share of the last ones that succeeded."""
         if self.share:
-            self.disturbed[env], self.left[env] = self.rng.random() < self.share * (1 - solved), 0
+            self.disturbed[env] = self.rng.random() < self.share * (1 - solved)
+            self.gripper_left[env] = self.move_left[env] = 0
 
     def __call__(self, action: np.ndarray, is_random: bool) -> np.ndarray:
-        """Actions (num_envs, A) with the held commands in place of the gripper's own."""
+        """Actions (num_envs, A) with the held commands in place of their own."""
         if not self.share:
             return action
         action = action.copy()
         for i in range(len(action)):
-            if self.left[i] == 0 and (is_random or (self.disturbed[i] and self.rng.random() < self.START)):
-                self.left[i] = self.rng.integers(*self.STEPS, endpoint=True)
-                self.command[i] = self.rng.choice((-1.0, 1.0))
-            if self.left[i]:
-                self.left[i] -= 1
-                action[i, -1] = self.command[i]
+            if self.gripper:
+                self._hold_gripper(i, action[i], is_random)
+            if self.moves and not is_random:
+                self._hold_move(i, action[i, : -1 if self.gripper else None])
         return action
+
+    def _hold_gripper(self, i: int, action: np.ndarray, is_random: bool) -> None:
+        if self.gripper_left[i] == 0 and (is_random or self._starts(i, self.GRIPPER_START)):
+            self.gripper_left[i] = self.rng.integers(*self.GRIPPER_STEPS, endpoint=True)
+            self.command[i] = self.rng.choice((-1.0, 1.0))
+        if self.gripper_left[i]:
+            self.gripper_left[i] -= 1
+            action[-1] = self.command[i]
+
+    def _hold_move(self, i: int, arm: np.ndarray) -> None:
+        if self.move_left[i] == 0 and self._starts(i, self.MOVE_START):
+            self.move_left[i], self.axis[i] = self.MOVE_STEPS, self.rng.integers(self.moves)
+            self.side[i] = self.rng.choice((-1.0, 1.0))
+        if self.move_left[i]:
+            self.move_left[i] -= 1
+            arm[:] = 0
+            arm[self.axis[i]] = self.side[i]
+
+    def _starts(self, i: int, chance: float) -> bool:
+        return bool(self.disturbed[i]) and self.rng.random() < chance
 
 
 @dataclasses.dataclass
@@ -136,8 +162,9 @@ class Collector:
         self.episode = 0  # finished episodes
         envs.single_action_space.seed(config.seed)
         self.rng = envs.single_action_space.np_random
-        has_gripper = bool(envs.metadata.get("gripper"))
-        self.gripper_hold = GripperHold(config.gripper_hold if has_gripper else 0.0, config.num_envs, self.rng)
+        gripper, moves = bool(envs.metadata.get("gripper")), envs.metadata.get("moves", 0)
+        share = config.held_actions if gripper or moves else 0.0
+        self.held_actions = HeldActions(share, config.num_envs, self.rng, gripper=gripper, moves=moves)
         self.resets = np.ones(config.num_envs, bool)
         self.stats = [EpisodeStats(config.action_repeat) for _ in self.resets]
         self.failed = np.zeros(config.num_envs, bool)  # in the present episode
@@ -247,20 +274,20 @@ class Collector:
         chance = c.greedy_episodes * self.solved
         self.greedy[env] = chance > 0 and self.rng.random() < chance
         self.limit[env] = (c.eval_steps if self.greedy[env] else 0) or c.episode_steps
-        self.gripper_hold.begin(env, 1.0 if self.greedy[env] else self.solved)
+        self.held_actions.begin(env, 1.0 if self.greedy[env] else self.solved)
 
     def _choose_actions(self) -> None:
         """Random actions until the first update, then the policy's: (num_envs, A)."""
         if self.agent.updates == 0:
             action = np.stack([self.envs.single_action_space.sample() for _ in self.resets])
-            self.action = self.gripper_hold(action, is_random=True)
+            self.action = self.held_actions(action, is_random=True)
             return
         # The policy takes over from random actions, or from nothing after a resume.
         is_first = np.ones_like(self.resets) if self.act_state is None else self.resets
         images, first = (torch.as_tensor(x, device=self.agent.device) for x in (self.image, is_first))
         greedy = torch.as_tensor(self.greedy, device=self.agent.device)
         wanted, state = self.agent.act(images, self.act_state, first, deterministic=greedy)
-        self.action = self.gripper_hold(wanted.float().cpu().numpy(), is_random=False)
+        self.action = self.held_actions(wanted.float().cpu().numpy(), is_random=False)
         # Store the executed action, so that the policy's state matches the replay.
         self.act_state = state._replace(
             action=torch.as_tensor(self.action, dtype=torch.float32, device=self.agent.device)

@@ -38,11 +38,11 @@ def tags(batch: Batch) -> torch.Tensor:
 
 
 class NaiveEpisode:
-    """Rows as (tag, is_first, is_terminal); `number` and `total` once it is finished."""
+    """Rows as (tag, is_first, is_terminal); `number` and `score` once it is finished."""
 
     def __init__(self):
         self.rows: list[tuple[int, bool, bool]] = []
-        self.number, self.total = math.inf, -math.inf
+        self.number, self.score = math.inf, -math.inf
 
 
 class NaiveReplay:
@@ -63,7 +63,8 @@ class NaiveReplay:
 
     def finish(self, env: int, number: int) -> None:
         episode = self.rings[env][-1]
-        episode.number, episode.total = number, float(sum(tag for tag, _, _ in episode.rows))
+        tags = [tag for tag, _, _ in episode.rows]
+        episode.number, episode.score = number, max(tags) + 1e-4 * sum(tags)
 
     def all_rows(self) -> list[list[tuple]]:
         return [[row for episode in ring for row in episode.rows] for ring in self.rings]
@@ -79,7 +80,7 @@ class NaiveReplay:
     def best(self) -> list[list[tuple]]:
         """Rows of each episode of the best tenth; of equal ones, the newest are among it."""
         episodes = sorted((x for ring in self.rings for x in ring), key=lambda x: x.number)
-        order = sorted(range(len(episodes)), key=lambda i: (episodes[i].total, i))
+        order = sorted(range(len(episodes)), key=lambda i: (episodes[i].score, i))
         return [episodes[i].rows for i in sorted(order[-self.tenth() :])]
 
     def tenth(self) -> int:
@@ -307,7 +308,31 @@ def test_focus_draws_from_the_newest_and_the_best_episodes(running):
     assert all(buffer.sample(size, 4).action.shape[1] == size for size in range(1, 9))
 
 
-def test_a_return_is_the_same_from_memory_and_from_a_file():
+def test_the_best_episode_is_the_one_with_the_largest_reward():
+    """One that solves the task at its very end is better than those with a higher return; of equals, that decides."""
+    buffer = ReplayBuffer(1000, 1, IMAGE_SHAPE, 2, seed=0, focus=1.0)
+    late, early = [0.1] * 9 + [1.0], [0.1] * 3 + [1.0] * 7
+    for number, rewards in enumerate([[0.45] * 10, late, [0.45] * 10, early]):
+        for i, reward in enumerate(rewards):
+            buffer.add(transition(number, is_first=i == 0)._replace(reward=reward), 0)
+        buffer.finish(0, number)
+    scores = [episode.score for episode in buffer.episodes[0]]
+    assert scores[0] == scores[2] < scores[1] < scores[3]
+    assert (buffer.sample(16, 4).action[:, 8:, 0] == 3).all()
+
+
+def test_a_first_success_among_many_episodes_is_drawn_often():
+    """Of 500 episodes, ten count as the best: the only one with success is in a twentieth of their windows or more."""
+    buffer = ReplayBuffer(10_000, 1, IMAGE_SHAPE, 2, seed=0, focus=1.0)
+    for number in range(500):
+        for i in range(8):
+            buffer.add(transition(number, is_first=i == 0)._replace(reward=1.0 if number == 200 else 0.45), 0)
+        buffer.finish(0, number)
+    drawn = buffer.sample(2000, 4).action[0, 1000:, 0]
+    assert len(drawn.unique()) == 10 and (drawn == 200).float().mean() > 0.05
+
+
+def test_a_score_is_the_same_from_memory_and_from_a_file():
     """What ranks an episode is the same to the last bit after its way through a file, also once rows are forgotten."""
     buffer, other = (ReplayBuffer(100, 1, IMAGE_SHAPE, 2, seed=0) for _ in range(2))
     for i in range(30):
@@ -315,7 +340,7 @@ def test_a_return_is_the_same_from_memory_and_from_a_file():
     buffer.finish(0, 0)
     other.load(0, buffer.export(0, buffer.episodes[0][0]), 12, 0, "file")
     assert other.episodes[0][0].length == 12
-    assert other.episodes[0][0].total == buffer.episodes[0][0].total > 43
+    assert other.episodes[0][0].score == buffer.episodes[0][0].score > 2.9
 
 
 def test_sampling_is_reproducible_and_apart():

@@ -18,7 +18,7 @@ from fake_env import FakeEnv
 from runtime import cli
 from runtime.console import UserError
 from test_run import TINY, newest, train
-from train import PRESETS, Config, Dreamer, Range
+from train import PRESETS, TASKS, Config, Dreamer, Range
 
 ROOT = Path(__file__).parent.parent
 LONG = "x" * 300  # characters; no file's name may have as many
@@ -54,6 +54,15 @@ def test_flag_beats_preset_beats_config():
     assert config.batch_length == 30 and given["batch_length"] == 30
     assert config.train_every == PRESETS["cpu"]["train_every"] != Config().train_every
     assert config.batch_size == Config().batch_size
+
+
+def test_a_task_may_have_cameras_of_its_own():
+    """Door's are not Lift's, the preset and the flag come before the task, and every entry names constants."""
+    door = TASKS["Door"]["cameras"]
+    assert cli.parse(["--preset", "cpu", "--task", "Door"]).config.cameras == door != Config().cameras
+    assert cli.parse(["--preset", "paper", "--task", "Door"]).config.cameras == PRESETS["paper"]["cameras"]
+    assert cli.parse(["--preset", "cpu", "--task", "Door", "--cameras", "agentview"]).config.cameras == ("agentview",)
+    assert all(set(constants) <= set(FIELDS) for constants in TASKS.values())
 
 
 def test_auto_preset_follows_the_device(monkeypatch):

@@ -69,7 +69,7 @@ def collector_of(
     logs: list[list], policy: Policy | None = None, faults: dict[int, tuple] | None = None, envs=None, **changes
 ) -> Collector:
     """Of environments in this process, one for each log."""
-    config = tiny_config(num_envs=len(logs), **(OPTIONS | {"gripper_hold": 0.0} | changes))
+    config = tiny_config(num_envs=len(logs), **(OPTIONS | {"held_actions": 0.0} | changes))
     makers = [
         functools.partial(Logged, seed=i, log=log, faults=(faults or {}).get(i, ())) for i, log in enumerate(logs)
     ]
@@ -112,11 +112,11 @@ def same_rows(found: list, noted: list) -> bool:
 
 @pytest.mark.parametrize("updates", [0, 5], ids=["random actions", "the policy's actions"])
 @pytest.mark.parametrize("num_envs", [1, 3])
-@pytest.mark.parametrize("gripper_hold", [0.0, 1.0])
-def test_the_replay_has_what_each_environment_did(updates, num_envs, gripper_hold):
+@pytest.mark.parametrize("held_actions", [0.0, 1.0])
+def test_the_replay_has_what_each_environment_did(updates, num_envs, held_actions):
     """Row by row: the executed action beside the image that it led to, reset rows first, ends as the task set them."""
     logs = [[] for _ in range(num_envs)]
-    collector = collector_of(logs, Policy(updates), gripper_hold=gripper_hold)
+    collector = collector_of(logs, Policy(updates), held_actions=held_actions)
     ended = collect(collector, 17)
     assert all(same_rows(stored(collector.replay, i), log) for i, log in enumerate(logs))
     assert [len(rows) for rows in logs[0]] == [6, 4, 6, 5]  # the last one is running
@@ -193,17 +193,17 @@ def test_a_run_ends_when_most_of_its_last_episodes_failed(capsys):
 def test_the_more_often_the_task_is_solved_the_less_is_explored():
     """In unsolved tasks no episode is greedy; in solved ones a share is, and no gripper command is held."""
     policy = Policy(updates=5)
-    collector = collector_of([[], []], policy, gripper_hold=1.0, greedy_episodes=0.5)
+    collector = collector_of([[], []], policy, held_actions=1.0, greedy_episodes=0.5)
     collect(collector, 50)
     collector.successes.extend([0.0] * 10)
     assert collector.solved == 0
     collect(collector, 5)
-    assert not np.any(policy.greedy[-5:]) and collector.gripper_hold.disturbed.all()
+    assert not np.any(policy.greedy[-5:]) and collector.held_actions.disturbed.all()
     begun = []
     for _ in range(400):
         collector.successes.extend([1.0] * 10)
         collector._explore(0)
-        begun.append((collector.greedy[0], collector.gripper_hold.disturbed[0]))
+        begun.append((collector.greedy[0], collector.held_actions.disturbed[0]))
     greedy, disturbed = np.mean(begun, 0)
     assert 0.4 < greedy < 0.6 and disturbed == 0
     collector.act()
@@ -214,14 +214,14 @@ def test_the_more_often_the_task_is_solved_the_less_is_explored():
 def test_a_collector_goes_on_as_it_would_have(updates):
     """Between episodes, its state decides all that comes: rows bit by bit, counters, exploration, random actions."""
     logs = [[], []]
-    straight = collector_of(logs, Policy(updates), gripper_hold=0.5, greedy_episodes=0.5)
+    straight = collector_of(logs, Policy(updates), held_actions=0.5, greedy_episodes=0.5)
     straight.successes.extend([0.0, 1.0] * 5)
     collect(straight, 5)
     assert straight.resets.all()
     state = straight.state_dict()
     assert (state["step"], state["episode"], state["restarts"]) == (20, 2, 0)
     again = collector_of(
-        [[[]], [[]]], Policy(updates), gripper_hold=0.5, greedy_episodes=0.5
+        [[[]], [[]]], Policy(updates), held_actions=0.5, greedy_episodes=0.5
     )  # an episode is behind each
     again.load_state_dict(state)
     assert difference(again.state_dict(), state) == ""

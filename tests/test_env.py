@@ -116,7 +116,7 @@ def test_a_task_that_the_user_registered_works_and_a_reset_undoes_what_it_wrote(
 def test_check_env(lift):
     """Gymnasium's own checker has no complaint, not even a warning."""
     check_env(lift, skip_render_check=True)  # its check of render() needs a registered environment
-    assert lift.metadata["gripper"]
+    assert lift.metadata["gripper"] and lift.metadata["moves"] == 3
 
 
 def test_step_needs_a_running_episode_and_a_sound_action(lift):
@@ -208,7 +208,7 @@ def test_scaled_rotations_are_smaller_commands_of_the_unscaled_ones(robot):
 def test_terminated_is_the_tasks_own_end():
     """Wipe ends itself when the arm touches the table: terminated, and the last repeats are not played."""
     wipe = build(task="Wipe", cameras=("agentview",), episode_steps=400)
-    assert not wipe.metadata["gripper"]
+    assert not wipe.metadata["gripper"] and wipe.metadata["moves"] == 3
     wipe.reset()
     ends, action = (False, False), np.array([0, 1, -1, 0, 0, 0])
     while not any(ends):

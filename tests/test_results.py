@@ -14,7 +14,7 @@ from env import make_env
 from results import add, plot
 from runtime.checkpoint import load_policy
 from runtime.evaluate import Player, describe, eval_options, open_envs, summarize
-from train import PRESETS, Config
+from train import PRESETS, TASKS, Config
 
 RESULTS = Path(__file__).parent.parent / "results"
 TABLES = {"claim": (RESULTS / "runs.csv", RESULTS / "lift.csv")}
@@ -74,7 +74,7 @@ def test_overrides_are_flags(tables):
     for row in tables[0]:
         given = dict(flag.removeprefix("--").split("=", 1) for flag in row["overrides"].split())
         values = {name: parsed(name, text) for name, text in given.items()}
-        config = replace(Config(), **PRESETS[row["preset"]] | values)
+        config = replace(Config(), **TASKS.get(row["task"], {}) | PRESETS[row["preset"]] | values)
         assert add.flags({name: getattr(config, name) for name in given}) == add.flags(values)
 
 

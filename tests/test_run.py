@@ -366,21 +366,21 @@ def test_the_policy_remembers_held_commands(tmp_path, monkeypatch):
         return act(self, image, state, is_first, draws, deterministic)
 
     monkeypatch.setattr(Dreamer, "act", listen)
-    assert train(tmp_path / "run", "--gripper_hold 1 --eval_every 1000", Listening) == 0
+    assert train(tmp_path / "run", "--held_actions 1 --eval_every 1000", Listening) == 0
     assert len(remembered) > 70 and all(np.array_equal(*pair) for pair in remembered)
     assert 10 < sum(abs(action[-1]) == 1 for action, _ in remembered) < len(remembered)
 
 
-def test_no_gripper_no_gripper_hold(tmp_path, capsys):
-    """Where the last action is no gripper's, it stays the agent's own, and a line says so."""
+def test_nothing_is_held_where_no_action_is_known(tmp_path, capsys):
+    """If the environment names neither gripper nor moves, all actions are the agent's own, and a line says so."""
 
     class Armless(FakeEnv):
         metadata = FakeEnv.metadata | {"gripper": False}
 
     agents = []
     for share in ("0.5", "0"):
-        assert train(tmp_path / share, f"--gripper_hold {share}", Armless) == 0
-        assert ("gripper_hold 0.5 is off" in capsys.readouterr().out) == (share == "0.5")
+        assert train(tmp_path / share, f"--held_actions {share}", Armless) == 0
+        assert ("held_actions 0.5 is off" in capsys.readouterr().out) == (share == "0.5")
         agents.append(newest(tmp_path / share)["agent"])
     assert same(*agents)
 
