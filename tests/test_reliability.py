@@ -166,7 +166,7 @@ DROPPED = [
     drop("agent.value_optimizer", no_moments),
     drop("agent.updates", 0),
     drop("collector.step", 0),
-    drop("collector.episode", 0),
+    drop("collector.episode", 100),  # 0 would give two episodes one number, which no run does
     drop("collector.envs", lambda _: [another({})]),
     drop("ratio.owed", 0.0),
     drop("ratio.pretrained", False),
