@@ -33,6 +33,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+BEST = 10  # episodes at most: among more, a first success would be rare
+RETURN_SHARE = 1e-4  # what the return counts in an episode's score
+
 
 class Transition(NamedTuple):
     """One row: image uint8 (C, H, W), action (A,), and scalars."""
@@ -42,10 +45,6 @@ class Transition(NamedTuple):
     reward: float
     is_first: bool
     is_terminal: bool
-
-
-BEST = 10  # episodes at most: among more, a first success would be rare
-RETURN_SHARE = 1e-4  # what the return counts in an episode's score
 
 
 class Batch(NamedTuple):

@@ -261,6 +261,11 @@ TASKS: dict[str, dict[str, Any]] = {  # constants that a task replaces, unless a
 }
 
 
+def defaults(task: str, preset: str) -> dict[str, Any]:
+    """The constants that a task and a preset replace, the preset's before the task's."""
+    return TASKS.get(task, {}) | PRESETS[preset]
+
+
 CONTEXT = 5  # frames observed before an open-loop prediction
 REWARD_MOMENTUM = 0.01  # share of the newest batch in the running size of rewards
 LEAST_REWARD = 1e-3  # rewards that are smaller still are not enlarged: there may be none but zeros

@@ -21,7 +21,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from train import PRESETS, TASKS, Config  # noqa: E402
+from train import Config, defaults  # noqa: E402
 
 CURVE = (
     "run",
@@ -82,7 +82,7 @@ def read_config(run_dir: Path) -> Config:
 
 def overrides(config: Config) -> dict[str, Any]:
     """The constants in which a run differs from its task and preset, those that a row does not list excepted."""
-    preset = replace(Config(), **TASKS.get(config.task, {}) | PRESETS[config.preset])
+    preset = replace(Config(), **defaults(config.task, config.preset))
     names = [field.name for field in fields(Config) if field.name not in UNLISTED]
     return {name: getattr(config, name) for name in names if getattr(config, name) != getattr(preset, name)}
 

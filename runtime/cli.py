@@ -22,7 +22,7 @@ from runtime.console import UserError, say
 from runtime.device import free_memory, pick_device
 from runtime.envs import Envs
 from runtime.logger import Logger
-from train import PRESETS, TASKS, Config, Dreamer, Range
+from train import PRESETS, Config, Dreamer, Range, defaults
 
 DESCRIPTION = """\
 Train DreamerV2 on RoboSuite, evaluate what it learnt, or draw its curves:
@@ -73,7 +73,7 @@ def parse(argv: Sequence[str]) -> Command:
     preset = flags.preset
     if preset == "auto":
         preset = "cpu" if pick_device(flags.device).type == "cpu" else "standard"
-    config = Config(**TASKS.get(flags.task, {}) | PRESETS[preset] | given | {"preset": preset})
+    config = Config(**defaults(flags.task, preset) | given | {"preset": preset})
     if "eval" in named and not flags.eval:
         raise UserError("--eval needs a run folder or a policy file")
     if "report" in named and not all(flags.report or [""]):
@@ -253,7 +253,7 @@ def preflight(
     c = config
     why = "as asked" if given.get("preset", "auto") != "auto" else f"--preset auto on {agent.device}"
     say(f"preset {c.preset} ({why}), seed {c.seed}, {c.steps} control steps")
-    of_task = TASKS.get(c.task, {}).keys() - PRESETS[c.preset].keys()
+    of_task = defaults(c.task, c.preset).keys() - PRESETS[c.preset].keys()
     for what, names in (("preset", PRESETS[c.preset].keys()), (f"task {c.task}", of_task)):
         if replaced := [f"{name}={_text(getattr(c, name))}" for name in names if name not in given]:
             say(textwrap.fill(f"the {what} replaces: {', '.join(replaced)}", 79, subsequent_indent="  "))

@@ -191,7 +191,7 @@ def test_a_run_ends_when_most_of_its_last_episodes_failed(capsys):
 
 
 def test_the_more_often_the_task_is_solved_the_less_is_explored():
-    """In unsolved tasks no episode is greedy; in solved ones a share is, and no gripper command is held."""
+    """In unsolved tasks no episode is greedy; in solved ones a share is, and nothing is held."""
     policy = Policy(updates=5)
     collector = collector_of([[], []], policy, held_actions=1.0, greedy_episodes=0.5)
     collect(collector, 50)
