@@ -6,6 +6,8 @@
 Takes run.py's flags. The first half of the metric lines is left out (prefill, pretraining, warm-up). The last line
 is one JSON object: env steps and updates a second, and the busy share of the processors and of an NVIDIA GPU. With
 `--against`, the present files and those of a commit take turns, and the line after that has the ratio of their medians.
+An evaluation counts where it falls into the second half: `--eval_every 3000 --eval_episodes 3 --eval_steps 500` has the
+share of evaluations that `--preset cpu` has, within 6,000 steps.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-QUIET = ("--wandb", "disabled", "--eval_episodes", "1", "--eval_steps", "60", "--eval_every", "1000000000")
+QUIET = {"wandb": "disabled", "eval_episodes": "1", "eval_steps": "60", "eval_every": "1000000000"}  # unless given
 SPEEDS = ("env_steps_per_s", "updates_per_s")
 
 
@@ -75,7 +77,8 @@ def measure(root: Path, flags: list[str]) -> dict[str, Any]:
     """The speed of one run of the files in `root`."""
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        command = [sys.executable, str(root / "run.py"), *QUIET, *flags, "--run_dir", str(run_dir)]
+        quiet = [word for name, value in QUIET.items() if f"--{name}" not in flags for word in (f"--{name}", value)]
+        command = [sys.executable, str(root / "run.py"), *quiet, *flags, "--run_dir", str(run_dir)]
         gpu = GPU() if shutil.which("nvidia-smi") else None
         started, before = time.perf_counter(), _processor_seconds()
         code = subprocess.run(command, stdout=sys.stderr).returncode
@@ -85,13 +88,13 @@ def measure(root: Path, flags: list[str]) -> dict[str, Any]:
         lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         config = json.loads((run_dir / "config.json").read_text())
     lines = [line for line in lines if "perf/updates_per_s" in line]
-    late = lines[len(lines) // 2 :]
+    late = lines[len(lines) // 2 :]  # of equally many steps each: the mean speed of all is their harmonic mean
     return {
         "preset": config["preset"],
         "num_envs": config["num_envs"],
         "train_every": config["train_every"],
-        "env_steps_per_s": round(statistics.median(line["perf/env_steps_per_s"] for line in late), 2),
-        "updates_per_s": round(statistics.median(line["perf/updates_per_s"] for line in late), 3),
+        "env_steps_per_s": round(statistics.harmonic_mean(line["perf/env_steps_per_s"] for line in late), 2),
+        "updates_per_s": round(statistics.harmonic_mean(line["perf/updates_per_s"] for line in late), 3),
         "cpu_busy": round(used / wall / (os.cpu_count() or 1), 2),
         "cpus": os.cpu_count(),
         "gpu_busy": gpu.busy() if gpu else None,

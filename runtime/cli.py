@@ -59,6 +59,7 @@ def parse(argv: Sequence[str]) -> Command:
     """The configuration that flags, preset and Config give together, and what to do. UserError for wrong input."""
     check_fields(Config())  # the block in train.py may have been edited
     words = [re.sub(r"(?<![^=])(true|false)$", lambda match: match[1].capitalize(), word) for word in argv]
+    words = [part for word in words for part in _list_parts(word)]
     with tyro._errors.on_parse_error(_refuse):
         flags = tyro.cli(
             Flags,
@@ -84,6 +85,13 @@ def parse(argv: Sequence[str]) -> Command:
     elif not flags.report:
         check_config(config)
     return Command(config, given, _path(flags.eval) if flags.eval else None, [_path(name) for name in flags.report])
+
+
+def _list_parts(word: str) -> list[str]:
+    """`--cameras=a,b`, as a sweep writes a list, in the form that tyro takes: `--cameras a b`."""
+    flag, equals, values = word.partition("=")
+    is_list = isinstance(getattr(Config, flag.lstrip("-").replace("-", "_"), None), tuple)
+    return [flag, *values.split(",")] if flag.startswith("--") and equals and is_list else [word]
 
 
 def _path(name: str) -> Path:

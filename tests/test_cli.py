@@ -116,6 +116,7 @@ def test_every_field_is_a_flag_and_its_comment_stands_in_the_help(capsys, monkey
         ("--train_every 1.6 --discount=1", {"train_every": 1.6, "discount": 1.0}),
         ("--model_lr=1e-3 --steps 400_000", {"model_lr": 1e-3, "steps": 400_000}),
         ("--cameras frontview sideview --seed 1", {"cameras": ("frontview", "sideview"), "seed": 1}),
+        ("--cameras=frontview,sideview --seed=1", {"cameras": ("frontview", "sideview"), "seed": 1}),
         ("--image_size 128", {"image_size": 128}),
         ("--run_dir=a=b", {"run_dir": "a=b"}),
         ("--seed 1 --seed 2", {"seed": 2}),
