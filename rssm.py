@@ -199,6 +199,7 @@ def kl_loss(
 ) -> tuple[Tensor, Tensor]:
     """Balanced KL (DreamerV2, algorithm 2): `balance` of the loss trains the prior, the rest the posterior.
 
+    A balance of exactly 0.5 is a case of its own, as in the author's code: see `plain_kl_loss`.
     `free` nats are not penalized: of the mean over all elements if `free_avg`, else of each element. Returns the
     loss, a scalar, and the plain KL of each element, (...) for stats of (..., S, K or 2).
     """
@@ -213,7 +214,7 @@ def kl_loss(
     return (1 - balance) * sides[0] + balance * sides[1], post_side.detach()
 
 
-# Below is what only the recordings of the author's code need (tests/reference).
+# Only a `kl_balance` of exactly 0.5 needs what is below, as some recordings of the author's code do (tests/reference).
 
 
 def plain_kl_loss(

@@ -70,7 +70,7 @@ def train(config: Config, given: dict[str, Any], make_env: MakeEnv) -> None:
     device = pick_device(config.device)
     keep_freed_memory()
     limit_threads()
-    load_triton()
+    load_triton()  # before the first picture is drawn
     with contextlib.ExitStack() as stack:
         folder = RunFolder(cli.run_dir(config))
         stack.callback(folder.release)
@@ -149,7 +149,20 @@ def build(
     checkpointer = Checkpointer(config, agent, files, logger, generators, **saved)
     if state is not None:
         checkpointer.restore(state)
-    return Parts(config, agent, replay, collector, ratio, meter, logger, evaluator, checkpointer, watch, stop, bar)
+    return Parts(
+        config=config,
+        agent=agent,
+        replay=replay,
+        collector=collector,
+        ratio=ratio,
+        meter=meter,
+        logger=logger,
+        evaluator=evaluator,
+        checkpointer=checkpointer,
+        watch=watch,
+        stop=stop,
+        bar=bar,
+    )
 
 
 def loop(p: Parts) -> None:
@@ -196,7 +209,7 @@ def overlaps(num_envs: int, device: torch.device) -> bool:
 
 
 def look(p: Parts) -> None:
-    """Log and evaluate if that is due. Nothing here changes what training does."""
+    """Log metrics and evaluate, each if it is due. Nothing here changes what training does."""
     step, over = p.collector.step, p.collector.step >= p.config.steps
     if p.meter.due(step, 0 if over else p.config.log_every):
         p.logger.scalars(step, p.meter.line(step))
@@ -210,7 +223,7 @@ def save(p: Parts) -> None:
     p.checkpointer.hold(step, p.evaluator.best_step, over)
     p.evaluator.write_policy()
     waited = time.monotonic() - p.checkpointer.saved_at >= 60 * p.config.checkpoint_minutes
-    if over or waited or p.evaluator.best_step == step:  # the best evaluation's is kept beside the last two
+    if over or waited or p.evaluator.best_step == step:  # the checkpoint of the best evaluation stays on the disk
         p.checkpointer.save()
 
 

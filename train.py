@@ -4,12 +4,13 @@ One update (`Dreamer.train_step`) on a batch of replayed sequences:
   1. the world model takes a step on image, reward, discount and KL losses (equation 2);
   2. from posterior states the improved model imagines H steps under the actor;
   3. actor and critic take a step on lambda-returns of the imagined rewards (equations 4 - 6);
-  4. now and then the target value network copies the critic.
+  4. every `target_every` updates, the target value network copies the critic or moves towards it.
 
 Shapes: T time, B batch, N = T * B imagination starts (or `imagine_starts` of them), H horizon, A action, E embed,
-D deter, S x K stochastic groups x classes, F = S * K + D features, C x H x W image. Time is always the first axis.
+D deter, S x K stochastic groups x classes, F = S * K + D features, C x H x W image (H is the height there). Time is
+always the first axis.
 
-Nothing here steps an environment, opens a file or prints.
+Nothing here steps an environment, opens a file or prints: `python run.py` trains.
 """
 
 import contextlib
@@ -35,7 +36,7 @@ torch.backends.cudnn.allow_tf32 = False
 
 @dataclass(frozen=True)
 class Range:
-    """The finite numbers that a constant may be: from `low` (`above` it, if so) to `high`."""
+    """The finite numbers that a constant may be: from `low` to `high`. If `above` is true, `low` itself is excluded."""
 
     low: float
     high: float = math.inf
@@ -61,39 +62,40 @@ class Config:
 
     These are the preset `standard`; PRESETS below replaces some of them. A flag beats the preset, and the preset beats
     this block. A control step is one action sent to the robot's controller; an agent step is one decision, which holds
-    for `action_repeat` control steps; an update is one `train_step`. Each type names the values that are allowed.
+    for `action_repeat` control steps; an update is one `train_step`. Most types say which values are allowed; what
+    RoboSuite has to know is checked when an environment is built.
     """
 
     # task
     task: Env[Fixed[str]] = "Lift"  # name of a single-arm RoboSuite task
     robot: Env[Fixed[str]] = "Panda"  # name of a RoboSuite robot with one arm
-    controller: Env[Fixed[str]] = "OSC_POSE"  # OSC_POSE moves and turns the hand (6 numbers), OSC_POSITION moves it (3)
+    controller: Env[Fixed[str]] = "OSC_POSE"  # OSC_POSE, OSC_POSITION (without turns), JOINT_POSITION or JOINT_TORQUE
     rotation_scale: Env[Fixed[PositiveShare]] = 0.02  # commands that turn the hand are multiplied by this number
     cameras: Env[Fixed[tuple[str, ...]]] = ("agentview", "robot0_eye_in_hand")  # cameras that the agent sees through
     image_size: Env[Fixed[Literal[32, 64, 128]]] = 64  # height and width of a camera picture, in pixels
-    control_freq: Env[Positive] = 20  # control steps in a second of simulated time
+    control_freq: Env[Positive] = 20  # control steps in a second of simulated time; must divide the physics rate
     action_repeat: Env[Fixed[Count]] = 2  # control steps for which the robot holds each action of the agent
-    episode_steps: Env[Count] = 200  # control steps in a training episode
+    episode_steps: Env[Count] = 200  # control steps in a training episode; one without noise has eval_steps
     reward_shaping: Env[bool] = True  # give a dense reward in [0, 1]; if false, reward only success
-    physics_step: Env[Positive] = 0.002  # seconds in a physics step: 0.002 is RoboSuite's own, 0.005 costs half as much
+    physics_step: Env[Positive] = 0.002  # seconds in a physics step: 0.002, RoboSuite's own, or 0.005, which costs half
     num_envs: Count = 1  # number of training environments; if above 1, each has a worker process of its own
 
     # run
     preset: Literal["auto", "standard", "cpu", "debug", "paper"] = "auto"  # auto: standard on a GPU, cpu without one
-    seed: Annotated[int, Range(0, 2**32 - 1)] = 0  # seed of every random draw
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0  # seed of every random draw of training
     steps: Count = 500_000  # control steps in the whole run, random ones at the start included
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of cuda, mps and cpu that is available
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 if hardware has it
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # for products of matrices; auto: bfloat16 if possible
     run_dir: str = ""  # run folder; empty: runs/{task}_{preset}_{seed}
-    cuda_graphs: bool = True  # replay updates as CUDA graphs, which is faster on an NVIDIA GPU
-    checkpoint_minutes: Weight = 10  # a checkpoint is saved at the first episode end after this many minutes
+    cuda_graphs: bool = True  # launch each update as CUDA graphs, which is faster on an NVIDIA GPU
+    checkpoint_minutes: Weight = 10  # minutes, at least, between two checkpoints; the best evaluation has one too
     save_replay: bool = True  # keep finished episodes on disk; if false, a resumed run fills its replay anew
     log_every: Count = 500  # control steps, at least, between two lines of training metrics
-    eval_every: Count = 20_000  # control steps, at least, between two evaluations
+    eval_every: Count = 20_000  # control steps between two evaluations; ten successes in a row start one early, once
     eval_steps: Whole = 500  # control steps in an evaluation episode; 0: as many as in a training episode
     eval_action: Literal["mean", "mode"] = "mean"  # action of an evaluation: mean or mode of the policy's distribution
-    eval_episodes: Count = 10  # episodes in an evaluation; the last one of a run has twice as many
-    video_every: Count = 20_000  # control steps between two sets of videos
+    eval_episodes: Count = 10  # episodes in an evaluation; a run's last has twice as many, --eval 20
+    video_every: Count = 20_000  # control steps, at least, between two evaluations that are filmed
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: WANDB_MODE, else online if there is a key
 
     # replay
@@ -101,14 +103,14 @@ class Config:
     prefill: Count = 5_000  # agent steps of random actions before the first update
     pretrain: Whole = 100  # updates made at once after the prefill
     train_every: Positive = 5  # agent steps between two updates; may be a fraction
-    replay_focus: Share = 0.5  # share of a batch from the newest and from the best tenth of episodes, half each
-    held_actions: Share = 0.5  # share of episodes with random commands held at times; it falls as success rises
-    greedy_episodes: Share = 0.5  # share of episodes without noise once the last ten succeed; before that, fewer
+    replay_focus: Share = 0.5  # share of a batch from the newest tenth and the best (at most ten) episodes, half each
+    held_actions: Share = 0.5  # share of training episodes with random commands held at times; 0 after ten successes
+    greedy_episodes: Share = 0.5  # share of training episodes without noise, times the success rate of the last ten
     batch_size: Count = 16  # sequences in a batch
     batch_length: Count = 50  # agent steps in a sequence
 
     # world model
-    cnn_depth: Size = 48  # channels of the encoder's first convolution; each later one has twice as many
+    cnn_depth: Size = 48  # channels of the encoder's first convolution; the number doubles in each later one
     deter: Size = 200  # size of the GRU state
     hidden: Size = 200  # units of the layers that lead into the GRU and to the prior and the posterior
     stoch: Size = 32  # number of stochastic latent variables
@@ -124,7 +126,7 @@ class Config:
     reward_scale: Weight = 100.0  # weight of the reward loss; with reward_norm, 10 is about right
     discount_scale: Weight = 1.0  # weight of the discount loss
     kl_scale: Weight = 1.0  # weight of the KL loss
-    kl_balance: Share = 0.8  # share of the KL loss that trains the prior; the rest trains the posterior
+    kl_balance: Share = 0.8  # share of the KL loss that trains the prior, not the posterior; 0.5: one plain KL for both
     kl_free: Weight = 0.5  # nats of KL that are not penalized
     kl_free_avg: bool = False  # apply kl_free to the mean KL of the batch; if false, to the KL of each state
     decode_fraction: PositiveShare = 1.0  # share of the frames, drawn anew in each update, that have an image loss
@@ -144,7 +146,7 @@ class Config:
     trunc_normal_gradient: Literal["straight_through", "exact"] = "straight_through"  # gradient of trunc_normal samples
     actor_grad: Literal["dynamics", "reinforce", "both"] = "reinforce"  # how the actor's gradient is estimated
     actor_grad_mix: Share = 0.1  # weight of the dynamics gradient if actor_grad is both; the rest is reinforce
-    actor_entropy: Weight = 0.01  # weight of the entropy bonus in the first update
+    actor_entropy: Weight = 0.01  # weight of the entropy bonus in the first update; above 0 if it decays
     actor_entropy_final: Weight = 0.001  # value to which the weight of the entropy bonus decays exponentially
     entropy_updates: Whole = 3_000  # updates over which the entropy weight decays; 0: it stays at actor_entropy
     actor_lr: Positive = 8e-5  # learning rate of the actor
@@ -159,7 +161,7 @@ class Config:
     value_clip: Positive = 100.0  # largest global norm of the critic's gradient
     value_decay: Share = 1e-6  # each update multiplies the critic's parameters by 1 minus this number
     target_every: Count = 50  # updates between two updates of the target critic
-    target_fraction: PositiveShare = 1.0  # how far each of them takes the target critic to the critic; 1 copies it
+    target_fraction: PositiveShare = 1.0  # how far an update moves the target critic towards the critic; 1 copies it
 
 
 # What each preset replaces in the block above.
@@ -262,13 +264,15 @@ TASKS: dict[str, dict[str, Any]] = {  # constants that a task replaces, unless a
 
 
 def defaults(task: str, preset: str) -> dict[str, Any]:
-    """The constants that a task and a preset replace, the preset's before the task's."""
+    """The constants that a task and a preset replace; where both replace one, the preset's value holds."""
     return TASKS.get(task, {}) | PRESETS[preset]
 
 
 CONTEXT = 5  # frames observed before an open-loop prediction
 REWARD_MOMENTUM = 0.01  # share of the newest batch in the running size of rewards
-LEAST_REWARD = 1e-3  # rewards that are smaller still are not enlarged: there may be none but zeros
+RANGE_MOMENTUM = 0.01  # share of the newest update in the running range of returns
+LOW, HIGH = 0.05, 0.95  # quantiles of the returns, between which their range is taken
+LEAST_REWARD = 1e-3  # rewards are divided by at least this much: there may be none but zeros
 SATURATED = 0.95  # an action beyond it counts as saturated in the metrics
 USED_NATS, USED_VARIANCE = 0.01, 0.01  # above it, a latent tells something about the image (`latents_used`)
 
@@ -278,9 +282,9 @@ class Imagination(NamedTuple):
 
         state   s0 --a1--> s1 --a2--> s2 ...  s(H-1) --aH--> sH       s0 is a replayed posterior
         reward  r0         r1         r2                     rH       of BEING in that state
-        weight  1          d0         d0 d1                           chance that the episode got that far
+        weight  1          d0         d0 d1                           discount from the start, with d = `discount`
 
-    `action[i]` led to state i and was drawn from `policy[i-1]`; action[0] is zeros.
+    `action[i]` led to state i and was drawn from the policy at state i - 1; action[0] is zeros.
     """
 
     feat: Tensor  # (H + 1, N, F)
@@ -302,7 +306,7 @@ class WorldModel(nn.Module):
     """Encoder, RSSM, decoder, reward and discount heads, and their loss."""
 
     reward_var: Tensor  # (), running variance of the rewards in a batch, which began at 0
-    reward_known: Tensor  # (), how much of it comes from batches; the rest is that 0
+    reward_known: Tensor  # (), the weight of batches in `reward_var`; divided by it, that 0 is gone
 
     def __init__(self, config: Config, image_shape: tuple[int, int, int], action_size: int):
         super().__init__()
@@ -319,7 +323,7 @@ class WorldModel(nn.Module):
             self.discount = Head(self.rssm.feat_size, c.discount_layers, c.discount_units, Bernoulli)
 
     def loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, RSSMState, dict[str, Tensor]]:
-        """Equation 2 on a batch (T, B, ...). Returns the loss, the posteriors (T, B, ...) and metrics."""
+        """Equation 2 on a batch (T, B, ...). Returns the loss (), the posteriors (T, B, ...) and metrics, () each."""
         c = self.config
         image = preprocess(batch.image)
         post, prior = self.rssm.observe(self.encoder(image), batch.action, batch.is_first, draws)
@@ -380,7 +384,7 @@ class WorldModel(nn.Module):
         return Imagination(feat, action, policies, reward, discount, weight)
 
     def learned_reward(self, reward: Tensor) -> Tensor:
-        """The environment's rewards as the reward head learns them: of the same size on every task."""
+        """The environment's rewards (...) as the reward head learns them (...): divided by their size, if so asked."""
         reward = reward / self.reward_size()
         return reward.tanh() if self.config.reward_transform == "tanh" else reward
 
@@ -391,6 +395,7 @@ class WorldModel(nn.Module):
         return (self.reward_var / self.reward_known).sqrt().clamp(min=LEAST_REWARD)
 
     def _measure(self, reward: Tensor) -> None:
+        """Let the running variance know of a batch's rewards (T, B)."""
         var = reward.var(correction=0)
         finite = var.isfinite()  # an update that is skipped for a NaN leaves no trace
         share = REWARD_MOMENTUM * finite
@@ -403,7 +408,7 @@ class WorldModel(nn.Module):
 
     @torch.no_grad()
     def predict(self, batch: Batch, draws: Draws, context: int = CONTEXT) -> Prediction:
-        """Open-loop prediction: `context` observed frames (T - 1 if that is less), then imagined ones.
+        """Open-loop prediction of a batch (T, B, ...): `context` observed frames (at most T - 1), then imagined ones.
 
         What is imagined follows the true actions.
         """
@@ -412,7 +417,10 @@ class WorldModel(nn.Module):
         actions = iter(batch.action[context:])
         start, steps = post.map(lambda x: x[-1]), len(batch.action) - context
         _, imagined, _ = self.rssm.imagine(lambda _: next(actions), start, steps, draws)
-        feat = torch.cat([post.feat, imagined[1:]])
+        return self.decode(torch.cat([post.feat, imagined[1:]]))
+
+    def decode(self, feat: Tensor) -> Prediction:
+        """What the model expects in the states of these features (T, B, F)."""
         return Prediction(self.decoder(feat).mean + 0.5, self.reward(feat).mean)
 
     def _frames(self, feat: Tensor, image: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
@@ -440,11 +448,11 @@ class Behavior(nn.Module):
         self.value = Head(feat_size, c.value_layers, c.value_units, UnitNormal)
         self.target_value = copy.deepcopy(self.value).requires_grad_(False)
         self.register_buffer("return_range", torch.zeros(()))
-        # A tensor, as a captured graph would keep a number; it follows from the count of updates.
+        # This is a tensor because a CUDA graph would freeze a Python number. It follows from the count of updates.
         self.register_buffer("entropy_weight", torch.tensor(c.actor_entropy), persistent=False)
 
     def loss(self, imagined: Imagination, draws: Draws) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Actor loss (equation 6) and value loss (equation 5) on imagined rollouts, and metrics."""
+        """Actor loss () by equation 6 and value loss () by equation 5 on imagined rollouts, and metrics, () each."""
         c = self.config
         feat, weight = imagined.feat, imagined.weight
         target_value = self.target_value(feat).mean
@@ -452,7 +460,8 @@ class Behavior(nn.Module):
             imagined.reward[:-1], target_value[:-1], imagined.discount[:-1], target_value[-1], c.return_lambda
         )
         # The action drawn at state i shows its effect from state i + 1 on: policies 0 .. H - 2 meet returns
-        # 1 .. H - 1. The last policy's action only feeds the bootstrap value.
+        # 1 .. H - 1, and baselines of states 0 .. H - 2, as the author has it. The last policy's action only feeds
+        # the bootstrap value.
         policy = self.actor.distribution(*(x[:-1] for x in imagined.policy))
         entropy = policy.entropy(draws)
         objective = self._objective(policy, imagined.action[1:-1], returns[1:], target_value[:-2])
@@ -488,14 +497,14 @@ class Behavior(nn.Module):
         return mix * returns * scale + (1 - mix) * policy.log_prob(action) * advantage
 
     def _return_scale(self, returns: Tensor) -> Tensor | float:
+        """What returns (H - 1, N) are multiplied by: 1, or a scalar with `return_norm`."""
         if not self.config.return_norm:
             return 1.0
         # quantile() has an input limit and sorts anyway; nearest ranks are enough here.
         ranked = returns.detach().flatten().sort().values
-        low, high = ranked[int(0.05 * (len(ranked) - 1))], ranked[int(0.95 * (len(ranked) - 1))]
-        width = high - low
-        # An update that is skipped for a NaN leaves no trace, here neither: the range would keep it for ever.
-        self.return_range.lerp_(torch.where(width.isfinite(), width, self.return_range), 0.01)
+        width = ranked[int(HIGH * (len(ranked) - 1))] - ranked[int(LOW * (len(ranked) - 1))]
+        # A skipped update must not change the range either, or a NaN would stay in it.
+        self.return_range.lerp_(torch.where(width.isfinite(), width, self.return_range), RANGE_MOMENTUM)
         return 1.0 / self.return_range.clamp(min=1.0)
 
     def set_entropy_weight(self, updates: int) -> None:
@@ -556,8 +565,9 @@ class Policy(nn.Module):
         return action, ActState(latent, action)
 
     def step(self, image: np.ndarray, state: ActState | None = None) -> tuple[np.ndarray, ActState]:
-        """Act in one environment: uint8 image (C, H, W) -> deterministic action (A,) and the next state.
+        """Act in one environment: uint8 image (C, H, W) -> action (A,), the mean or mode, and the next state.
 
+        The latent state is drawn from torch's global generator, so that two runs may differ a little.
         Pass no state at an episode's start, and the returned one after that.
         """
         device = next(self.parameters()).device
@@ -567,22 +577,22 @@ class Policy(nn.Module):
         return action[0].float().cpu().numpy(), state
 
 
-MAX_SKIPPED_IN_A_ROW = 10  # updates; after that nothing is learned any more
+MAX_SKIPPED_IN_A_ROW = 10  # updates; after that the run ends
 
 
 class ClippingAdamW(torch.optim.AdamW):
     """AdamW whose fused kernel divides gradients by `grad_scale`, and skips a step whose `found_inf` is 1."""
 
-    grad_scale: Tensor
-    found_inf: Tensor
+    grad_scale: Tensor  # ()
+    found_inf: Tensor  # ()
 
 
 class Optimizer:
     """Adam with global-norm clipping and decoupled decay, as the author's TensorFlow code computes them.
 
-    There, epsilon is added before the second moment's bias correction, so torch's has to be divided by it; and
-    the decay is not multiplied by the learning rate. A step whose gradient is not finite is skipped and counted on
-    the device, so that the host need not wait for it.
+    There, epsilon is added before the second moment's bias correction. Torch adds it after that, so torch's epsilon is
+    divided by the correction. The decay is not multiplied by the learning rate. A step whose gradient is not finite is
+    skipped and counted on the device, so that the host need not wait for it.
     """
 
     BETAS = (0.9, 0.999)
@@ -597,11 +607,11 @@ class Optimizer:
         self.skipped_in_a_row = torch.zeros_like(self.skipped)  # stays once it is MAX_SKIPPED_IN_A_ROW
 
     def backward(self, loss: Tensor) -> None:
-        """Leave the gradients of `loss` in the parameters, for `step`."""
+        """Leave the gradients of `loss` () in the parameters, for `step`."""
         loss.backward(inputs=self.params)
 
     def step(self) -> Tensor:
-        """Descend the gradients and forget them; returns their global norm before clipping."""
+        """Descend the gradients and forget them; returns their global norm () before clipping."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
         found_inf = 1.0 - norm.isfinite().float()
         self.skipped += found_inf
@@ -623,7 +633,7 @@ class Optimizer:
         return norm
 
     def moments(self) -> list[Tensor]:
-        """Adam's moments of all parameters, none before the first step."""
+        """Adam's moments of all parameters, of their shapes; none before the first step."""
         return [state[name] for state in self.adam.state.values() for name in ("exp_avg", "exp_avg_sq")]
 
     def state_dict(self) -> dict:
@@ -711,7 +721,7 @@ class Dreamer:
     def behavior_loss(
         self, start: RSSMState, is_terminal: Tensor, draws: Draws
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Imagine from `start` (N, ...) in the model as it is: actor loss, value loss and metrics."""
+        """Imagine from `start` (N, ...), terminal or not (N,), in the model as it is: two losses () and metrics."""
         with frozen(self.world_model):
             differentiable = self.config.actor_grad != "reinforce"
             imagined = self.world_model.imagine(self.behavior.actor, start, is_terminal, draws, differentiable)
@@ -738,24 +748,23 @@ class Dreamer:
         draws: Draws | None = None,
         deterministic: bool | Tensor = False,
     ) -> tuple[Tensor, ActState]:
-        """Actions for uint8 images (B, C, H, W) of B environments; see `Policy.forward`."""
+        """Actions (B, A) for uint8 images (B, C, H, W) of B environments; see `Policy.forward`."""
         with self.autocast():
             return self.policy(image, state, is_first, draws or self.draws, deterministic)
 
     def predict(self, batch: Batch, draws: Draws) -> Prediction:
-        """Open-loop prediction of a batch; see `WorldModel.predict`."""
+        """Open-loop prediction of a batch (T, B, ...); see `WorldModel.predict`."""
         with self.autocast():
             return self.world_model.predict(batch, draws)
 
     @torch.no_grad()
     def dream(self, batch: Batch, steps: int, draws: Draws) -> Prediction:
-        """What the policy, sampled as in training, expects for `steps` steps after the batch: (steps, B, ...)."""
+        """What the policy, sampled as in training, expects after a batch (T, B, ...): (steps, B, ...)."""
         with self.autocast():
             start = self.world_model.filter(batch, draws).map(lambda x: x[-1])
             actor = self.behavior.actor
             _, feat, _ = self.world_model.rssm.imagine(lambda feat: actor(feat).rsample(draws), start, steps, draws)
-            feat = feat[1:]
-            return Prediction(self.world_model.decoder(feat).mean + 0.5, self.world_model.reward(feat).mean)
+            return self.world_model.decode(feat[1:])
 
     @torch.no_grad()
     def judge(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
@@ -845,7 +854,7 @@ def latents_used(stats: Tensor, categorical: bool) -> Tensor:
 
 
 def preprocess(image: Tensor) -> Tensor:
-    """uint8 images (..., C, H, W) -> float32 in [-0.5, 0.5]; the one place where pixels become floats.
+    """uint8 images (..., C, H, W) -> float32 in [-0.5, 0.5]; the one place where the networks' pixels become floats.
 
     Here they also take the channels-last order in memory, while a pixel is still a byte: no later step copies them.
     """

@@ -536,10 +536,12 @@ def load_policy(path: str | Path) -> tuple[Policy, Config]:
         if not isinstance(saved, dict):  # a tensor would answer to a name with a warning of torch's
             raise TypeError("no policy")
         config = Config(**saved["config"])
-        if not {*marked("env"), *marked("fixed"), "eval_action"} <= saved["config"].keys():
-            raise ValueError("a constant is missing")  # whose default of today may not be what it was
+        for name in {*marked("env"), *marked("fixed"), "eval_action"} - saved["config"].keys():
+            raise UserError(f"{path} is a policy of another release, without {name}")  # today's default may be another
         policy = Policy.build(config, saved["image_shape"], saved["action_size"])
         policy.load_state_dict(saved["weights"])
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise UserError(f"there is no policy file {path}") from error
     except Exception as error:  # torch.load raises almost anything for files that aren't its own

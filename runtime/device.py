@@ -52,9 +52,9 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype | None:
 
 
 def load_triton() -> None:
-    """Load now what torch's optimizers load when the first is built: Triton, where torch comes with it.
+    """Load Triton now, if torch comes with it. Torch would load it when the first optimizer is built.
 
-    Its LLVM and Mesa's are loaded in this order, or the process dies: not a picture may be drawn before.
+    Triton's LLVM has to be loaded before Mesa's, which draws the pictures, or the process dies.
     """
     importlib.import_module("torch._dynamo")  # takes two seconds, which `--help` need not wait
 

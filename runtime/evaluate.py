@@ -355,7 +355,10 @@ class Evaluator:
         self.unwritten: tuple[bytes, dict[str, float]] | None = None  # policy.pt of the best evaluation, its figures
 
     def due(self, step: int, solved: bool = False) -> bool:
-        """Whether an evaluation is due at this control step: also when the last ten training episodes first succeed."""
+        """Whether an evaluation is due at this control step.
+
+        One is due after `eval_every`, at the end, and the first time that ten training episodes in a row succeed.
+        """
         if self.agent.updates == 0:
             return False
         first, self.solved = solved and not self.solved, solved or self.solved
