@@ -149,20 +149,7 @@ def build(
     checkpointer = Checkpointer(config, agent, files, logger, generators, **saved)
     if state is not None:
         checkpointer.restore(state)
-    return Parts(
-        config=config,
-        agent=agent,
-        replay=replay,
-        collector=collector,
-        ratio=ratio,
-        meter=meter,
-        logger=logger,
-        evaluator=evaluator,
-        checkpointer=checkpointer,
-        watch=watch,
-        stop=stop,
-        bar=bar,
-    )
+    return Parts(config, agent, replay, collector, ratio, meter, logger, evaluator, checkpointer, watch, stop, bar)
 
 
 def loop(p: Parts) -> None:
