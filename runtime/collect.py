@@ -27,8 +27,10 @@ class HeldActions:
     Noise that is drawn anew in every step averages out: it leaves the fingers half open, since only the sign of their
     command counts and they need 0.4 s, and it takes the hand nowhere. A `share` of the policy's episodes is disturbed,
     less if the task is often solved. In these, holds of two kinds begin at random: of the gripper, the last action,
-    and of one of the first `moves` actions, at its bound while the arm's others are 0. The random actions before
-    training have the gripper held all the time. When a run goes on, only the state of `rng` has to come back.
+    and of one of the first `moves` actions, at its bound while the arm's others are 0. They end where the task is
+    solved: a hand that went on would let go of the open door, and opening it would seem to be a mistake. The random
+    actions before training have the gripper held all the time. When a run goes on, only the state of `rng` has to come
+    back.
 
     Args:
         share: of the policy's episodes; with 0 nothing is held, before training either.
@@ -50,6 +52,11 @@ class HeldActions:
         if self.share:
             self.disturbed[env] = self.rng.random() < self.share * (1 - solved)
             self.gripper_left[env] = self.move_left[env] = 0
+
+    def end(self, env: int) -> None:
+        """The episode of environment `env` has solved its task: from here on, the policy goes on alone."""
+        self.disturbed[env] = False
+        self.gripper_left[env] = self.move_left[env] = 0
 
     def __call__(self, action: np.ndarray, is_random: bool) -> np.ndarray:
         """Actions (num_envs, A) with the held commands in place of their own."""
@@ -205,6 +212,8 @@ class Collector:
         for i in np.flatnonzero(~failed):
             self.replay.add(Transition(self.image[i], self.action[i], reward[i], False, terminated[i]), i)
             self.stats[i].add(float(reward[i]), bool(success[i]))
+            if success[i]:
+                self.held_actions.end(i)
         if terminated.any() and not self.config.discount_head:
             why = "the task ends episodes itself, but the model does not learn that: --discount_head true does"
             warn_once("ends", why)
