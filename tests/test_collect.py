@@ -56,6 +56,20 @@ def test_a_held_move_goes_straight_on():
     assert (runs(moved.astype(int))[::2] % 20 == 0).all() or (runs(moved.astype(int))[1::2] % 20 == 0).all()
 
 
+def test_nothing_is_held_after_a_success():
+    """From there to the end of the episode the policy's actions are its own, also in the middle of a hold."""
+    rng, actions = np.random.default_rng(0), np.full((2, 4), 0.5)
+    hold = HeldActions(1.0, 2, rng, gripper=True, moves=3)
+    hold.begin(0), hold.begin(1)
+    while not (hold.move_left > 1).all():
+        hold(actions, False)
+    hold.end(0)
+    held = np.array([hold(actions, False) for _ in range(200)])
+    assert (held[:, 0] == 0.5).all() and (held[0, 1, :3] != 0.5).all()
+    hold.begin(0)
+    assert not all(np.array_equal(hold(actions, False)[0], actions[0]) for _ in range(200))
+
+
 def test_without_a_gripper_all_actions_may_be_moves():
     """The last action is held at 0 with the others, or moves itself; nothing is held where there are no moves."""
     rng, actions = np.random.default_rng(0), np.full((3000, 1, 2), 0.5)

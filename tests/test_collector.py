@@ -197,8 +197,9 @@ def test_the_more_often_the_task_is_solved_the_less_is_explored():
     collect(collector, 50)
     collector.successes.extend([0.0] * 10)
     assert collector.solved == 0
-    collect(collector, 5)
-    assert not np.any(policy.greedy[-5:]) and collector.held_actions.disturbed.all()
+    for i in range(2):
+        collector._explore(i)
+    assert not collector.greedy.any() and collector.held_actions.disturbed.all()
     begun = []
     for _ in range(400):
         collector.successes.extend([1.0] * 10)
@@ -208,6 +209,20 @@ def test_the_more_often_the_task_is_solved_the_less_is_explored():
     assert 0.4 < greedy < 0.6 and disturbed == 0
     collector.act()
     assert policy.greedy[-1] == collector.greedy.tolist()
+
+
+def test_holds_end_in_the_episode_that_has_succeeded():
+    """Its first success ends them in its environment, and in no environment without one."""
+    collector, ended, first = collector_of([[], []], Policy(updates=5), held_actions=1.0), [], 0
+    collector.held_actions.end = ended.append
+    for _ in range(60):
+        ended.clear()
+        collector.act(), collector.observe()
+        now = {i for i, stats in enumerate(collector.stats) if stats.length and stats.success_at == stats.length}
+        assert now <= set(ended) <= {i for i, stats in enumerate(collector.stats) if stats.success_at}
+        first += len(now)
+        collector.finish_episodes()
+    assert first
 
 
 @pytest.mark.parametrize("updates", [0, 5])
