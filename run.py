@@ -7,6 +7,7 @@ in rollouts that the world model imagines. Where an episode ends, it looks (metr
 
 import contextlib
 import dataclasses
+import functools
 import multiprocessing
 import os
 import signal
@@ -33,7 +34,7 @@ from runtime.device import (
     pick_precision,
 )
 from runtime.envs import EnvFailure, check_spaces, close_envs, make_envs
-from runtime.evaluate import Evaluator, MakeEnv, evaluate_policy
+from runtime.evaluate import Evaluator, MakeEnv, evaluate_policy, write_left_policy
 from runtime.logger import Logger, Meter, Stopwatch, pick_wandb_mode
 from runtime.report import write_report
 from train import Config, Dreamer
@@ -81,17 +82,17 @@ def train(config: Config, given: dict[str, Any], make_env: MakeEnv) -> None:
             say(done if finished else f"resumed {folder.loaded} at step {state['step']}")
             cli.check_same_run(folder.path, state["config"], config)
             if finished:
+                write_left_policy(folder.path, state["evaluator"])
                 return
         parts = build(config, given, make_env, device, folder, state, stack)
-        stop = stack.enter_context(parts.stop)
+        stack.enter_context(parts.stop)
         try:
             loop(parts)
-        except Exception as error:  # the held state is older than the error, so it is safe to write
+        except Stopped as stop:
+            leave(parts, stop.args[0])
+            raise
+        except BaseException as error:  # the held state is older than the error, so it is safe to write
             parts.checkpointer.save(env_failed=isinstance(error, EnvFailure))
-            if isinstance(error, Stopped):
-                saved = parts.checkpointer.saved_step
-                where = f"from step {saved}" if saved >= 0 else "from its beginning: no episode had ended"
-                say(f"stopped by {signal.Signals(stop.number).name}; the same command continues {where}")
             raise
         finish(parts)
 
@@ -149,7 +150,11 @@ def build(
     checkpointer = Checkpointer(config, agent, files, logger, generators, **saved)
     if state is not None:
         checkpointer.restore(state)
-    return Parts(config, agent, replay, collector, ratio, meter, logger, evaluator, checkpointer, watch, stop, bar)
+    else:
+        checkpointer.hold(0, -1, last=False)  # what fails before an episode has ended is told there
+    p = Parts(config, agent, replay, collector, ratio, meter, logger, evaluator, checkpointer, watch, stop, bar)
+    stop.leave = functools.partial(leave, p)
+    return p
 
 
 def loop(p: Parts) -> None:
@@ -207,11 +212,19 @@ def look(p: Parts) -> None:
 def save(p: Parts) -> None:
     """Hold the state in memory, for a stop at any moment, and write it if that is due."""
     step, over = p.collector.step, p.collector.step >= p.config.steps
-    p.checkpointer.hold(step, p.evaluator.best_step, over)
     p.evaluator.write_policy()
+    p.checkpointer.hold(step, p.evaluator.best_step, over)
     waited = time.monotonic() - p.checkpointer.saved_at >= 60 * p.config.checkpoint_minutes
     if over or waited or p.evaluator.best_step == step:  # the checkpoint of the best evaluation stays on the disk
         p.checkpointer.save()
+
+
+def leave(p: Parts, number: int) -> None:
+    """Save, and say what stopped the run and from where it continues."""
+    p.checkpointer.save()
+    saved = p.checkpointer.saved_step
+    where = f"from step {saved}" if saved >= 0 else "from its beginning"
+    say(f"stopped by {signal.Signals(number).name}; the same command continues {where}")
 
 
 def finish(p: Parts) -> None:

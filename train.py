@@ -46,9 +46,9 @@ class Range:
 T = TypeVar("T")
 Fixed = Annotated[T, "fixed"]  # a run keeps it when it is resumed: weights or stored episodes depend on it
 Env = Annotated[T, "env"]  # a keyword of `make_env`
-Count = Annotated[int, Range(1)]
-Whole = Annotated[int, Range(0)]
-Size = Annotated[Count, "fixed"]
+Count = Annotated[int, Range(1, 1e12)]
+Whole = Annotated[int, Range(0, 1e12)]
+Size = Annotated[int, Range(1, 1e5), "fixed"]
 Positive = Annotated[float, Range(0, above=True)]
 Weight = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]
@@ -102,7 +102,7 @@ class Config:
     capacity: Count = 250_000  # agent steps that the replay holds; each takes 24 KB with two cameras of 64 pixels
     prefill: Count = 5_000  # agent steps of random actions before the first update
     pretrain: Whole = 100  # updates made at once after the prefill
-    train_every: Positive = 5  # agent steps between two updates; may be a fraction
+    train_every: Annotated[float, Range(0.001)] = 5  # agent steps between two updates; may be a fraction
     replay_focus: Share = 0.5  # share of a batch from the newest tenth and the best (at most ten) episodes, half each
     held_actions: Share = 0.5  # share of training episodes with random commands held at times; 0 after ten successes
     greedy_episodes: Share = 0.5  # share of training episodes without noise, times the success rate of the last ten
@@ -136,7 +136,7 @@ class Config:
     model_decay: Share = 1e-6  # each update multiplies the world model's parameters by 1 minus this number
 
     # behavior
-    horizon: Annotated[int, Range(2)] = 15  # agent steps in an imagined rollout
+    horizon: Annotated[int, Range(2, 1e4)] = 15  # agent steps in an imagined rollout
     imagine_starts: Whole = 0  # number of a batch's states, drawn at random, from which rollouts start; 0: all
     discount: Share = 0.98  # discount factor of one agent step
     return_lambda: Share = 0.95  # lambda of the lambda-return

@@ -115,10 +115,10 @@ class RunFolder:
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        _check_folder(path)
+        self.path = path = path.absolute()  # an environment may change the working directory
         self.loaded: Path | None = None  # the checkpoint that the run goes on from
         self.lock = filelock.FileLock(path / LOCK_NAME, timeout=0, preserve_lock_file=True, fallback_to_soft=False)
-        _check_folder(path)
         if path.exists():
             self._acquire()
 
@@ -210,22 +210,23 @@ def is_run_dir(folder: Path) -> bool:
 def save_checkpoint(run_dir: Path, step: int, state: dict[str, Any], best_step: int = -1) -> Path:
     """Write `state` (tensors and plain values) as the newest checkpoint; the path.
 
-    Of the older ones, the last and that of `best_step`, the control step of the best evaluation, are kept. Raises
-    OSError if the file can't be written: what was there stays.
+    Of the older ones, the last of another step and that of `best_step`, the control step of the best evaluation, are
+    kept. Raises OSError if the file can't be written: what was there stays.
     """
     data = _torch_bytes(state)
     path = run_dir / f"checkpoint_{step:09d}_{_digest(data)}.pt"
     write_file(path, data)
     os.utime(path)  # an equal file of this step may have been there: it is the newest now
-    for old in list_checkpoints(run_dir)[KEEP:]:
-        if _number(old.name) != best_step:
-            old.unlink()
+    others = [old for old in list_checkpoints(run_dir) if old != path]
+    same = [old for old in others if _number(old.name) == step]  # the run ended there before, by a fault
+    for old in same + [old for old in others if old not in same and _number(old.name) != best_step][KEEP - 1 :]:
+        old.unlink()
     return path
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Newest first."""
-    found = [path for path in run_dir.glob("checkpoint_*.pt") if NAME.fullmatch(path.name)]
+    found = [path for path in run_dir.glob("checkpoint_*.pt") if NAME.fullmatch(path.name) and path.exists()]
     return sorted(found, key=lambda path: (_number(path.name), path.stat().st_mtime_ns), reverse=True)
 
 
@@ -464,8 +465,8 @@ class ReplayFiles:
         if lost:
             more = " ..." if len(lost) > 3 else ""
             warn(f"{len(lost)} of {len(index)} replay episodes skipped: {'; '.join(lost[:3])}{more}")
-        if len(placed) < len(index):
-            warn(f"{len(index) - len(placed)} of {len(index)} replay episodes, the oldest, do not fit any more")
+        if unfit := len(index) - len(lost) - sum(map(len, self.replay.episodes)):
+            warn(f"{unfit} of {len(index)} replay episodes, the oldest, do not fit any more")
         if state["next"] and not index:
             say("the replay was not saved: it is filled anew before the next update")
         elif len(self.replay.episodes) > 1:
@@ -498,7 +499,7 @@ class ReplayFiles:
 
     def _delete(self, condition: Callable[[int], bool]) -> None:
         for path in self.folder.glob("episode_*.npz"):
-            if NAME.fullmatch(path.name) and condition(_number(path.name)):
+            if NAME.fullmatch(path.name) and path.is_file() and condition(_number(path.name)):
                 path.unlink()
 
 
@@ -532,12 +533,16 @@ def load_policy(path: str | Path) -> tuple[Policy, Config]:
     Raises UserError if the file is not there or is not a policy of this release.
     """
     try:
+        with zipfile.ZipFile(path) as archive:
+            if name := archive.testzip():
+                raise UserError(f"{path} is damaged ({name})")  # torch would not notice
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(saved, dict):  # a tensor would answer to a name with a warning of torch's
             raise TypeError("no policy")
         config = Config(**saved["config"])
-        for name in {*marked("env"), *marked("fixed"), "eval_action"} - saved["config"].keys():
-            raise UserError(f"{path} is a policy of another release, without {name}")  # today's default may be another
+        if lacking := {*marked("env"), *marked("fixed"), "eval_action"} - saved["config"].keys():
+            what = ", ".join(sorted(lacking))  # whose default of today may not be what it was
+            raise UserError(f"{path} is no policy file of this release: it lacks {what}")
         policy = Policy.build(config, saved["image_shape"], saved["action_size"])
         policy.load_state_dict(saved["weights"])
     except UserError:

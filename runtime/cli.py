@@ -197,7 +197,7 @@ def _check_value(name: str, value: Any, kind: Any) -> None:
 
 def _check_range(name: str, value: float, allowed: Range) -> None:
     low = value > allowed.low if allowed.above else value >= allowed.low
-    if not (math.isfinite(value) and low and value <= allowed.high):
+    if not (low and value <= allowed.high and math.isfinite(value)):
         words = f"{'above' if allowed.above else 'at least'} {allowed.low:g}"
         words += f" and at most {allowed.high:.10g}" if math.isfinite(allowed.high) else ""
         raise UserError(f"{name} {value} is out of range: it must be {words}")
@@ -207,6 +207,8 @@ def check_config(config: Config) -> None:
     """Refuse values that can't work, alone or together: UserError, one line."""
     check_fields(config)
     c = config
+    if not c.cameras or not all(c.cameras):
+        raise UserError(f"cameras {_text(c.cameras)!r} lack a name: the agent sees through one camera at least")
     if c.entropy_updates and not (c.actor_entropy and c.actor_entropy_final):
         raise UserError(
             f"entropy_updates {c.entropy_updates} needs actor_entropy {c.actor_entropy} and actor_entropy_final "

@@ -26,37 +26,48 @@ class HeldActions:
 
     Noise that is drawn anew in every step averages out: it leaves the fingers half open, since only the sign of their
     command counts and they need 0.4 s, and it takes the hand nowhere. A `share` of the policy's episodes is disturbed,
-    less if the task is often solved. In these, holds of two kinds begin at random: of the gripper, the last action,
-    and of one of the first `moves` actions, at its bound while the arm's others are 0. They end where the task is
-    solved: a hand that went on would let go of the open door, and opening it would seem to be a mistake. The random
-    actions before training have the gripper held all the time. When a run goes on, only the state of `rng` has to come
-    back.
+    less if the task is often solved. In these, the gripper is held at random times, and the hand goes straight on once,
+    from a random step of the episode's middle half: one of the first `moves` actions is at its bound while the arm's
+    others are 0. Where that solves the task, the hand then rests as long, with 0 for all of the arm's actions: one that
+    went on would let go of the open door, and a policy that has never opened it would shut it. Nothing else is held in
+    an episode that is solved. The random actions before training have the gripper held all the time. When a run goes
+    on, only the state of `rng` has to come back.
 
     Args:
         share: of the policy's episodes; with 0 nothing is held, before training either.
         gripper: whether the last action is a gripper's.
         moves: how many of the first actions move the hand.
+        steps: agent steps in an episode.
     """
 
     GRIPPER_START, GRIPPER_STEPS = 0.1, (4, 13)  # chance of a step to begin a hold, and its agent steps
-    MOVE_START, MOVE_STEPS = 0.02, 20  # Door opens if the hand goes straight on for about that long
+    MOVE_STEPS = 20  # Door opens if the hand goes straight on for about that long
 
-    def __init__(self, share: float, num_envs: int, rng: np.random.Generator, *, gripper: bool, moves: int):
-        self.share, self.rng, self.gripper, self.moves = share, rng, gripper, moves
+    def __init__(self, share: float, num_envs: int, rng: np.random.Generator, *, gripper: bool, moves: int, steps: int):
+        self.share, self.rng, self.gripper, self.moves, self.steps = share, rng, gripper, moves, steps
         self.disturbed = np.zeros(num_envs, bool)
         self.gripper_left, self.command = np.zeros(num_envs, int), np.zeros(num_envs)
-        self.move_left, self.axis, self.side = np.zeros(num_envs, int), np.zeros(num_envs, int), np.zeros(num_envs)
+        self.done, self.move_at, self.move_to = (np.zeros(num_envs, int) for _ in range(3))  # steps of an episode
+        self.axis, self.side = np.zeros(num_envs, int), np.zeros(num_envs, int)
 
     def begin(self, env: int, solved: float = 0.0) -> None:
         """An episode of environment `env` begins; `solved` is the share of the last ones that succeeded."""
-        if self.share:
-            self.disturbed[env] = self.rng.random() < self.share * (1 - solved)
-            self.gripper_left[env] = self.move_left[env] = 0
+        if not self.share:
+            return
+        self.disturbed[env] = self.rng.random() < self.share * (1 - solved)
+        self.gripper_left[env] = self.done[env] = self.move_to[env] = 0
+        if self.disturbed[env] and self.moves:
+            self.move_at[env] = self.rng.integers(self.steps // 4, 3 * self.steps // 4, endpoint=True)
+            self.move_to[env] = self.move_at[env] + self.MOVE_STEPS
+            self.axis[env], self.side[env] = self.rng.integers(self.moves), self.rng.choice((-1, 1))
 
     def end(self, env: int) -> None:
-        """The episode of environment `env` has solved its task: from here on, the policy goes on alone."""
-        self.disturbed[env] = False
-        self.gripper_left[env] = self.move_left[env] = 0
+        """The episode of environment `env` has solved its task: a move ends in a rest, and then the policy is alone."""
+        if self.disturbed[env]:
+            moved = self.move_at[env] < self.done[env] <= self.move_to[env]
+            self.move_to[env] = self.done[env] + self.MOVE_STEPS if moved else 0
+            self.disturbed[env] = False
+            self.side[env] = self.gripper_left[env] = 0
 
     def __call__(self, action: np.ndarray, is_random: bool) -> np.ndarray:
         """Actions (num_envs, A) with the held commands in place of their own."""
@@ -66,29 +77,21 @@ class HeldActions:
         for i in range(len(action)):
             if self.gripper:
                 self._hold_gripper(i, action[i], is_random)
-            if self.moves and not is_random:
-                self._hold_move(i, action[i, : -1 if self.gripper else None])
+            if self.move_at[i] <= self.done[i] < self.move_to[i] and not is_random:
+                arm = action[i, : -1 if self.gripper else None]
+                arm[:] = 0
+                arm[self.axis[i]] = self.side[i]
+        self.done += 1
         return action
 
     def _hold_gripper(self, i: int, action: np.ndarray, is_random: bool) -> None:
-        if self.gripper_left[i] == 0 and (is_random or self._starts(i, self.GRIPPER_START)):
+        free = self.gripper_left[i] == 0
+        if free and (is_random or (self.disturbed[i] and self.rng.random() < self.GRIPPER_START)):
             self.gripper_left[i] = self.rng.integers(*self.GRIPPER_STEPS, endpoint=True)
             self.command[i] = self.rng.choice((-1.0, 1.0))
         if self.gripper_left[i]:
             self.gripper_left[i] -= 1
             action[-1] = self.command[i]
-
-    def _hold_move(self, i: int, arm: np.ndarray) -> None:
-        if self.move_left[i] == 0 and self._starts(i, self.MOVE_START):
-            self.move_left[i], self.axis[i] = self.MOVE_STEPS, self.rng.integers(self.moves)
-            self.side[i] = self.rng.choice((-1.0, 1.0))
-        if self.move_left[i]:
-            self.move_left[i] -= 1
-            arm[:] = 0
-            arm[self.axis[i]] = self.side[i]
-
-    def _starts(self, i: int, chance: float) -> bool:
-        return bool(self.disturbed[i]) and self.rng.random() < chance
 
 
 @dataclasses.dataclass
@@ -171,7 +174,8 @@ class Collector:
         self.rng = envs.single_action_space.np_random
         gripper, moves = bool(envs.metadata.get("gripper")), envs.metadata.get("moves", 0)
         share = config.held_actions if gripper or moves else 0.0
-        self.held_actions = HeldActions(share, config.num_envs, self.rng, gripper=gripper, moves=moves)
+        steps = config.episode_steps // config.action_repeat
+        self.held_actions = HeldActions(share, config.num_envs, self.rng, gripper=gripper, moves=moves, steps=steps)
         self.resets = np.ones(config.num_envs, bool)
         self.stats = [EpisodeStats(config.action_repeat) for _ in self.resets]
         self.failed = np.zeros(config.num_envs, bool)  # in the present episode
@@ -258,18 +262,20 @@ class Collector:
             "episode": self.episode,
             "successes": list(self.successes),
             "restarts": 0,  # ends through a fault of the environments at this state: Checkpointer.save counts them
-            "action_space": self.rng.bit_generator.state,
-            "envs": [rng.bit_generator.state for rng in rngs],
+            "action_space": _plain(self.rng.bit_generator.state),
+            "envs": [_plain(rng.bit_generator.state) for rng in rngs],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state; after an end through the environments' fault, from other draws."""
         self.step, self.episode = state["step"], state["episode"]
         self.successes.extend(state["successes"])
-        if len(state["envs"]) == self.config.num_envs:
-            self.envs.set_attr("np_random", [_generator(saved, state["restarts"]) for saved in state["envs"]])
-        else:
-            warn(f"num_envs was {len(state['envs'])}: the environments start from new seeds")
+        generators = [_generator(saved, state["restarts"]) for saved in state["envs"]]
+        if len(generators) != self.config.num_envs:
+            warn(f"num_envs was {len(generators)}: the environments start from new seeds")
+            seeds = self.rng.integers(2**32, size=self.config.num_envs)
+            generators = [np.random.default_rng([*seeds, i, state["restarts"]]) for i in range(len(seeds))]
+        self.envs.set_attr("np_random", generators)
         if state["restarts"]:
             warn("the run ended through a fault of its environments: their next episodes are drawn anew")
         self.rng.bit_generator.state = _generator(state["action_space"], state["restarts"]).bit_generator.state
@@ -322,9 +328,17 @@ class Collector:
 
 
 def _generator(state: dict[str, Any], restarts: int) -> np.random.Generator:
-    """A generator in a saved state, or far behind it after so many restarts."""
-    generator = np.random.default_rng()
-    generator.bit_generator.state = state
-    bits = generator.bit_generator
-    assert isinstance(bits, np.random.PCG64)  # as default_rng has it
-    return np.random.Generator(bits.jumped(restarts)) if restarts else generator
+    """A generator in a saved state, or another one of its kind after so many restarts."""
+    kind = getattr(np.random, state["bit_generator"])
+    bits = kind()
+    bits.state = state
+    if restarts:
+        bits = kind(np.random.Generator(bits).integers(2**32, size=restarts).tolist())
+    return np.random.Generator(bits)
+
+
+def _plain(state: Any) -> Any:
+    """A generator's state in types that a checkpoint may hold."""
+    if isinstance(state, dict):
+        return {name: _plain(value) for name, value in state.items()}
+    return state.tolist() if isinstance(state, np.ndarray) else state

@@ -7,8 +7,9 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, TextIO
 
@@ -60,6 +61,8 @@ class Tolerant:
     def write(self, text: str) -> int:
         """Write and flush, or drop the text."""
         if self.stream is not None:
+            encoding = getattr(self.stream, "encoding", None) or "utf-8"
+            text = text.encode(encoding, "backslashreplace").decode(encoding)
             with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
                 self.stream.write(text)
                 self.stream.flush()
@@ -113,7 +116,10 @@ def _fill_standard_descriptors() -> None:
 
 
 class StopSignals:
-    """Inside, the first signal asks the run to stop: `check` then raises Stopped. A second one ends the run at once.
+    """Inside, the first signal asks the run to stop: `check` then raises Stopped. A second one ends it at once.
+
+    If no `check` has come until then, as an environment hangs, `leave` is called first, with the number of the first
+    signal. After PATIENCE seconds without a `check` this happens without a second signal.
 
     These are the signals of a terminal (INT, HUP) and of schedulers (TERM, USR1, USR2, XCPU). One that is ignored, as
     HUP is under nohup, stays ignored. A second signal within a second is taken for the first one's echo: `timeout`
@@ -123,10 +129,15 @@ class StopSignals:
 
     NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
     ECHO = 1.0  # seconds
+    PATIENCE = 9.0  # seconds
 
     def __init__(self) -> None:
         self.number, self.since = 0, 0.0
         self.before: dict[int, Any] = {}
+        self.leave: Callable[[int], None] = lambda _: None
+        self.leaving = False  # the run knows of the first signal
+        self.timer = threading.Timer(self.PATIENCE, os.kill, (os.getpid(), signal.SIGTERM))
+        self.timer.daemon = True
 
     def __enter__(self) -> "StopSignals":
         numbers = [getattr(signal, name) for name in self.NAMES if hasattr(signal, name)]
@@ -136,19 +147,31 @@ class StopSignals:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.timer.cancel()
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def check(self) -> None:
-        """Raise Stopped if a signal has come."""
+        """Raise Stopped if a signal has come. Handlers that an environment has put in place of ours are replaced."""
         if self.number:
+            self.leaving = True
+            self.timer.cancel()
             raise Stopped(self.number)
+        for number in self.before:
+            if signal.getsignal(number) != self._handle:
+                signal.signal(number, self._handle)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if not self.number:
             self.number, self.since = number, time.monotonic()
+            self.timer.start()
         elif number != getattr(signal, "SIGXCPU", None) and time.monotonic() - self.since > self.ECHO:
-            os._exit(128 + number)
+            try:
+                if not self.leaving:
+                    self.leaving = True
+                    self.leave(self.number)
+            finally:
+                os._exit(128 + self.number)
 
 
 class ProgressBar:

@@ -30,7 +30,7 @@ RUN = Path(__file__).resolve().parent.parent / "run.py"
 MakeEnv = Callable[..., gymnasium.Env]
 Envs = SyncVectorEnv | AsyncVectorEnv
 
-FLOAT32_MAX = float(np.finfo(np.float32).max)  # the replay's rewards are float32
+MAX_REWARD = 1e9  # its weighted square has to be a float32
 FAULTS = (Exception, SystemExit)  # a simulator may raise anything, and some call sys.exit
 RESET_TRIES = 10  # a reset that fails is drawn anew so often, each time in an environment that was built anew
 
@@ -42,12 +42,13 @@ class BrokenEnv(RuntimeError):
 class RebuildingEnv(gymnasium.Wrapper):
     """Builds its environment anew after a fault, and goes on with its generator.
 
-    A fault is an exception in `step` or `reset`, an image of another type or shape than the space's, a reward that is
-    no finite float32, or an info that is no dict. In `step` it ends the episode: the last image once more, no reward,
-    truncated. In `reset` it is followed by other draws, RESET_TRIES times. Either is told in info["env_error"], one
-    line. What can't be mended is told in info["broken"] and not raised: a worker that raises ends, with a traceback.
-    Beside these, only info["success"] is passed on, since a vector of environments can't stack all that an info may
-    hold. What the first `build` raises passes through.
+    A fault is an exception in `step` or `reset`, an image of another type or shape than the first space's, a reward
+    that is no number up to MAX_REWARD, a success or an end that is neither true nor false, or an info that is no dict.
+    In `step` it ends the episode: the last image once more, no reward, truncated. In `reset` it is followed by other
+    draws, RESET_TRIES times. Either is told in info["env_error"], one line. What can't be mended is told in
+    info["broken"] and not raised: a worker that raises ends, with a traceback. Beside these, only info["success"] is
+    passed on, since a vector of environments can't stack all that an info may hold. What the first `build` raises
+    passes through.
 
     Between episodes a step does nothing, so that an episode can begin and end beside others that go on.
     """
@@ -55,6 +56,7 @@ class RebuildingEnv(gymnasium.Wrapper):
     def __init__(self, build: Callable[[], gymnasium.Env]) -> None:
         super().__init__(build())
         self._build = build
+        self.observation_space = self.env.observation_space  # also where an environment is built anew with another
         self._image = np.zeros(self.observation_space.shape or (), self.observation_space.dtype)  # the last one
         self._seed: int | None = None  # that drew the present episode
         self._ended = True
@@ -84,9 +86,9 @@ class RebuildingEnv(gymnasium.Wrapper):
         if self._ended:
             return self._image, 0.0, False, True, {}
         try:
-            image, reward, terminated, truncated, info = self.env.step(action)
+            image, reward, terminated, truncated, info = self.env.step(np.array(action))  # which it may change
             told = {"success": self._check(image, reward, info)}
-            reward, terminated, truncated = float(reward), bool(terminated), bool(truncated)
+            reward, terminated, truncated = float(reward), _flag("end", terminated), _flag("end", truncated)
         except FAULTS as error:
             image, reward, terminated, truncated = self._image, 0.0, False, True
             told = self._rebuild() or {"success": False, "env_error": describe_error(error)}
@@ -98,11 +100,11 @@ class RebuildingEnv(gymnasium.Wrapper):
         if seed != self._seed:
             return None
         try:
-            frame = np.asarray(self.env.render())
-            if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
+            frame = np.array(self.env.render())  # a copy, as the next one may be drawn into the same array
+            if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3 or not frame.size:
                 return f"render() gave a frame of {frame.dtype} {frame.shape}, not of uint8 (height, width, 3)"
         except FAULTS as error:
-            return f"render() raised {error!r}"
+            return f"render() raised {describe_error(error)}"
         return frame
 
     def close(self) -> None:
@@ -112,14 +114,14 @@ class RebuildingEnv(gymnasium.Wrapper):
 
     def _check(self, image: np.ndarray, reward: Any, info: Any) -> bool:
         """Whether the task is solved. Checked here: on its way to the replay an image is cast to the space's type."""
-        space = self.env.observation_space
+        space = self.observation_space
         if image.dtype != space.dtype or image.shape != space.shape:
             raise ValueError(f"an image of {image.dtype} {image.shape}, not of {space.dtype} {space.shape}")
-        if not math.isfinite(reward) or abs(reward) > FLOAT32_MAX:
+        if not math.isfinite(reward) or abs(reward) > MAX_REWARD:
             raise ValueError(f"a reward of {reward}")
         if not isinstance(info, dict):
             raise TypeError(f"an info of {type(info).__name__}, not a dict")
-        return bool(info.get("success", False))
+        return _flag("success", info.get("success") or False)
 
     def _rebuild(self) -> dict[str, Any]:
         """Build the environment anew; an info that tells why that failed, empty if it did not."""
@@ -133,10 +135,21 @@ class RebuildingEnv(gymnasium.Wrapper):
         return {}
 
 
+def _flag(name: str, value: Any) -> bool:
+    """True or false; ValueError for what is neither, such as the text "False"."""
+    if value not in (0, 1):
+        raise ValueError(f"{name} {value!r} is neither true nor false")
+    return bool(value)
+
+
 def describe_error(error: BaseException) -> str:
     """One line: type, message, and the file and line that raised."""
     place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({os.path.basename(place.filename)}:{place.lineno})".replace("\n", " ")
+    try:
+        message = " ".join(str(error).split())
+    except Exception as broken:  # an error may fail to describe itself
+        message = f"no message ({type(broken).__name__})"
+    return f"{type(error).__name__}: {message} ({os.path.basename(place.filename)}:{place.lineno})"
 
 
 def make_vector_env(builders: Sequence[Callable[[], gymnasium.Env]]) -> Envs:
@@ -239,9 +252,12 @@ def build_errors() -> Iterator[None]:
         raise UserError(str(error)) from error
     except RuntimeError as error:  # a machine that can't render
         raise Failure(str(error)) from error
+    except SystemExit as error:
+        raise Failure(f"the environment called sys.exit({error.code!r}) while it was built") from error
     except (EOFError, ConnectionError) as error:  # `main` ends workers that call it while they import the script
         guard = 'if __name__ == "__main__":'
-        raise UserError(f"a worker process ended at its start: a script that calls run.main needs `{guard}`") from error
+        what = "a worker process ended at its start: see the error above, if there is one"
+        raise UserError(f"{what}; a script that calls run.main needs `{guard}`") from error
 
 
 def check_spaces(envs: Envs, task: str, cameras: int, image_size: int) -> tuple[tuple[int, int, int], int]:

@@ -27,6 +27,7 @@ from runtime.envs import (
     Envs,
     MakeEnv,
     build_errors,
+    check_spaces,
     close_envs,
     dead_workers,
     describe_error,
@@ -111,7 +112,8 @@ class Player:
 
     An episode's seed is `seed` plus its number, so the environment's draws are the same however many run at once. The
     policy's own draws are made for all running episodes together. `act` is `Policy.forward` or `Dreamer.act`;
-    `each_step` gets the lowest number of a running episode, and may raise to stop.
+    `each_step` gets the lowest number of a running episode, and may raise to stop. An episode that its environment
+    does not end is ended after `limit` control steps.
     """
 
     def __init__(
@@ -123,7 +125,9 @@ class Player:
         seed: int = EVAL_SEED,
         watch: Stopwatch | None = None,
         each_step: Callable[[int], None] = lambda _: None,
+        limit: float = math.inf,
     ):
+        self.limit = limit
         self.act, self.envs, self.repeat, self.device, self.seed = act, envs, repeat, device, seed
         self.watch, self.each_step = watch or Stopwatch(), each_step
         self.draws = Draws(torch.Generator(device).manual_seed(seed))
@@ -181,7 +185,7 @@ class Player:
             elif episode:
                 episode.add(float(reward[i]), bool(success[i]))
                 self._add(i, episode, action[i], reward[i], bool(success[i]))
-                if terminated[i] or truncated[i]:
+                if terminated[i] or truncated[i] or episode.length >= self.limit:
                     episode.terminal = bool(terminated[i])
                     self.film = self.film and not episode.renders
                     self.done = sorted([*self.done, episode], key=lambda x: x.number)
@@ -318,9 +322,18 @@ def eval_options(config: Config) -> dict[str, Any]:
 
 
 def open_envs(config: Config, make_env: MakeEnv) -> Envs:
-    """The environments of evaluations: in workers where there are several, as those of training."""
+    """The environments of evaluations: in workers where there are several, as those of training.
+
+    UserError if their images or actions are not those of training.
+    """
     build = functools.partial(make_env, **eval_options(config))
-    return make_vector_env([build] * min(config.num_envs, config.eval_episodes))
+    envs = make_vector_env([build] * min(config.num_envs, config.eval_episodes))
+    try:
+        check_spaces(envs, config.task, len(config.cameras), config.image_size)
+    except UserError:
+        close_envs(envs)
+        raise
+    return envs
 
 
 class Evaluator:
@@ -396,7 +409,8 @@ class Evaluator:
         try:
             self.envs = self.envs or self._open()
             repeat, device = self.config.action_repeat, self.agent.device
-            player = Player(self.agent.act, self.envs, repeat, device, EVAL_SEED, self.watch, each_step)
+            limit = eval_options(self.config)["episode_steps"]
+            player = Player(self.agent.act, self.envs, repeat, device, EVAL_SEED, self.watch, each_step, limit)
             return player.play(episodes, film)
         except BrokenEnv as error:
             self.close()
@@ -454,13 +468,17 @@ class Evaluator:
         self.envs = None
 
     def state_dict(self) -> dict[str, Any]:
-        """What was evaluated, and by which evaluations."""
-        return {name: getattr(self, name) for name in self.SAVED} | {"kind": self._kind()}
+        """What was evaluated, by which evaluations, and a policy that the disk has not taken yet."""
+        left = self.unwritten and (torch.frombuffer(bytearray(self.unwritten[0]), dtype=torch.uint8), self.unwritten[1])
+        return {name: getattr(self, name) for name in self.SAVED} | {"kind": self._kind(), "unwritten": left}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on; with evaluations of another kind, the search for the best policy starts anew."""
         for name in self.SAVED:
             setattr(self, name, state[name])
+        if state["unwritten"]:
+            data, figures = state["unwritten"]
+            self.unwritten = data.numpy().tobytes(), figures
         if state["kind"] != self._kind():
             say("evaluations can't be compared with those before: the next one's policy is the best so far")
             self.best, self.best_step = -math.inf, -1
@@ -486,6 +504,16 @@ class Evaluator:
         self.logger.video(step, name, frames, self.config.control_freq / self.config.action_repeat)
 
 
+def write_left_policy(run_dir: Path, state: dict[str, Any]) -> None:
+    """Write the policy that the disk refused when a run finished, if it did; Failure if it still does."""
+    if state["unwritten"]:
+        try:
+            write_file(run_dir / "policy.pt", state["unwritten"][0].numpy().tobytes())
+        except OSError as error:
+            raise Failure(f"{run_dir / 'policy.pt'} can't be written: {error}") from error
+        say(f"{run_dir / 'policy.pt'} could not be written then: it is now")
+
+
 # ---------------------------------------------------------------------------------------------- --eval
 
 
@@ -505,7 +533,9 @@ def evaluate_policy(path: Path, given: dict[str, Any], make_env: MakeEnv) -> Non
     with build_errors():
         envs = open_envs(config, make_env)
     try:
-        played = Player(policy, envs, config.action_repeat, device, OWN_SEED).play(config.eval_episodes, film=True)
+        limit = eval_options(config)["episode_steps"]
+        player = Player(policy, envs, config.action_repeat, device, OWN_SEED, limit=limit)
+        played = player.play(config.eval_episodes, film=True)
     except BrokenEnv as error:
         raise Failure(f"the evaluation failed: {error}") from error
     finally:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from buffer import ReplayBuffer
-from runtime.console import warn, warn_once
+from runtime.console import UserError, warn, warn_once
 from runtime.device import memory
 from runtime.video import VideoError, write_video
 from train import Dreamer
@@ -116,12 +116,16 @@ class Logger:
         state = state or {"size": 0, "wandb_id": "", "wandb_step": 0}
         self.wandb_id, self.wandb_step = state["wandb_id"], state["wandb_step"]
         # While the disk is full, lines wait in this buffer: a megabyte is more than a thousand of them.
-        self.file = open(run_dir / "metrics.jsonl", "ab", buffering=BUFFER)  # noqa: SIM115 (closed in `close`)
-        if self.file.tell() < state["size"]:
+        path, size = run_dir / "metrics.jsonl", state["size"]
+        try:
+            self.file = open(path, "ab", buffering=BUFFER)  # noqa: SIM115 (closed in `close`)
+        except OSError as error:
+            raise UserError(f"{path} can't be written: {error.strerror}") from error
+        if self.file.tell() < size:
             warn("metrics.jsonl is shorter than it was at the checkpoint: lines are lost")
-        else:
-            self.file.truncate(state["size"])
-            self.file.seek(state["size"])
+            size = path.read_bytes().rfind(b"\n") + 1  # the last line may be torn
+        self.file.truncate(size)
+        self.file.seek(size)
         self.size = self.file.tell()  # bytes of metrics.jsonl that are on disk
         self.wandb: Any = None
         if wandb_mode != "disabled":
@@ -158,9 +162,10 @@ class Logger:
             warn_once("videos", f"videos can't be written, training goes on: {error}")
             return
         if self.wandb:
-            import wandb
+            with self._mirroring():
+                import wandb
 
-            self._mirror({"env_step": env_step, f"video/{name}": wandb.Video(str(path), format="mp4")})
+                self._mirror({"env_step": env_step, f"video/{name}": wandb.Video(str(path), format="mp4")})
 
     def policy(self, path: Path, figures: dict[str, float]) -> None:
         """Send the policy of the best evaluation to W&B as an artifact with that evaluation's figures."""
@@ -206,7 +211,7 @@ class Logger:
         """W&B may fail at any call: no network, a full disk, its process gone. The local files go on without it."""
         try:
             yield
-        except Exception as error:  # its settings' validation and a broken package raise more than wandb.Error
+        except (Exception, SystemExit) as error:  # settings and broken packages raise more than wandb.Error
             self.wandb = None
             reason = (str(error) or type(error).__name__).splitlines()[0]
             warn_once("W&B", f"W&B is off from here on, training goes on: {reason}")
@@ -224,8 +229,8 @@ def read_metrics(run_dir: Path) -> tuple[list[dict[str, float]], int]:
             line = json.loads(text)
             if not isinstance(line, dict) or "env_step" not in line:
                 raise ValueError("no metrics")
-            lines.append(line)
-        except ValueError:  # of json and of utf-8 too
+            lines.append({name: float(value) for name, value in line.items()} | {"env_step": int(line["env_step"])})
+        except (ValueError, TypeError, OverflowError, RecursionError):  # of json and of utf-8 too
             torn += 1
     return lines, torn
 
@@ -250,10 +255,10 @@ def pick_wandb_mode(flag: str, environ: dict[str, str]) -> tuple[str, str]:
 
 
 def _key_in_netrc(environ: dict[str, str]) -> bool:
-    host = urlparse(environ.get("WANDB_BASE_URL", "")).hostname or "api.wandb.ai"
     try:
+        host = urlparse(environ.get("WANDB_BASE_URL", "")).hostname or "api.wandb.ai"
         return netrc.netrc(environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
+    except (OSError, ValueError, netrc.NetrcParseError):  # ValueError: no address, or no text
         return False
 
 

@@ -21,6 +21,13 @@ class Unprintable(Exception):
         self.where = where
 
 
+class Speechless(Exception):
+    """Fails to say what it is."""
+
+    def __str__(self):
+        raise KeyError("message")
+
+
 def _raise(error: Callable[[], Exception]) -> Callable:
     def spoil(*_: Any):
         raise error()
@@ -35,6 +42,7 @@ STEP_FAULTS: dict[str, Callable] = {
     "reward nan": lambda x, r, *rest: (x, float("nan"), *rest),
     "reward inf": lambda x, r, *rest: (x, float("inf"), *rest),
     "reward -inf": lambda x, r, *rest: (x, np.float32("-inf"), *rest),
+    "reward beyond all reason": lambda x, r, *rest: (x, 1e25, *rest),
     "reward beyond float32": lambda x, r, *rest: (x, 1e300, *rest),
     "reward beyond float64": lambda x, r, *rest: (x, 10**400, *rest),
     "reward of two numbers": lambda x, r, *rest: (x, np.array([r, r]), *rest),
@@ -50,10 +58,14 @@ STEP_FAULTS: dict[str, Callable] = {
     "info a list": lambda *out: (*out[:4], []),
     "info missing": lambda *out: out[:4],
     "success of two": lambda *out: (*out[:4], {"success": np.array([True, False])}),
+    "success text": lambda *out: (*out[:4], {"success": "False"}),
+    "success nan": lambda *out: (*out[:4], {"success": float("nan")}),
+    "terminated text": lambda x, r, *rest: (x, r, "False", *rest[1:]),
     "terminated of two": lambda x, r, *rest: (x, r, np.array([True, False]), *rest[1:]),
     "nothing at all": lambda *out: None,
     "exception": _raise(lambda: RuntimeError("simulation unstable")),
     "exception without words": _raise(AssertionError),
+    "exception that can't describe itself": _raise(Speechless),
     "exception of several lines": _raise(lambda: ValueError("one\ntwo\n\nthree")),
     "exit": _raise(lambda: SystemExit("license expired")),
     "exception that can't be pickled": _raise(lambda: Unprintable("contact", lambda: None)),

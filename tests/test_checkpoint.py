@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import stat
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -640,10 +641,23 @@ def test_a_policy_file_of_another_release_is_refused_in_one_line(change, tmp_pat
     else:
         del saved["config"]["eval_action"]
     torch.save(saved, tmp_path / "policy.pt")
-    with pytest.raises(UserError, match="policy.pt is no policy file of this release"):
+    told = ": it lacks eval_action" if change == "constant missing" else ""
+    with pytest.raises(UserError, match="policy.pt is no policy file of this release" + told):
         checkpoint.load_policy(tmp_path / "policy.pt")
     with pytest.raises(UserError, match="there is no policy file"):
         checkpoint.load_policy(tmp_path / "nothing.pt")
+
+
+def test_a_damaged_policy_file_is_noticed(tmp_path):
+    """Any byte of a weight that has changed: torch itself does not look at the file's checksums."""
+    config = tiny_config()
+    data = bytearray(checkpoint.policy_file(tiny_dreamer(config).policy, config))
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        largest = max(archive.infolist(), key=lambda info: info.file_size)
+    data[largest.header_offset + 200] ^= 1
+    (tmp_path / "policy.pt").write_bytes(data)
+    with pytest.raises(UserError, match="policy.pt is damaged"):
+        checkpoint.load_policy(tmp_path / "policy.pt")
 
 
 # ------------------------------------------------------------------------------------------ crashes

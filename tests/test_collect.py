@@ -1,5 +1,7 @@
 """Exploration by held actions."""
 
+from collections import Counter
+
 import numpy as np
 
 from runtime.collect import HeldActions
@@ -13,7 +15,7 @@ def runs(values: np.ndarray) -> np.ndarray:
 def test_random_actions_hold_the_gripper():
     """Random actions get the gripper's command in runs of one sign, 4 - 13 steps or multiples; the rest is theirs."""
     rng = np.random.default_rng(0)
-    hold = HeldActions(0.3, 1, rng, gripper=True, moves=3)
+    hold = HeldActions(0.3, 1, rng, gripper=True, moves=3, steps=100)
     hold.begin(0)
     actions = rng.uniform(-1, 1, (5000, 1, 4))
     held = np.array([hold(action, True) for action in actions])
@@ -27,7 +29,7 @@ def test_random_actions_hold_the_gripper():
 def test_held_actions_disturb_their_share_of_the_policys_episodes():
     """Of the policy's episodes, the share is disturbed now and then; the others not at all, nor with a share of 0."""
     rng, actions = np.random.default_rng(0), np.zeros((100, 2, 4))
-    hold, disturbed = HeldActions(0.3, 2, rng, gripper=True, moves=3), []
+    hold, disturbed = HeldActions(0.3, 2, rng, gripper=True, moves=3, steps=100), []
     for _ in range(300):
         hold.begin(0)
         disturbed.append(np.array([hold(action, False) for action in actions]))
@@ -36,48 +38,56 @@ def test_held_actions_disturb_their_share_of_the_policys_episodes():
     assert 0.2 < (share > 0).mean() < 0.4
     assert 0.3 < share[share > 0].mean() < 0.6
     before = rng.bit_generator.state
-    none = HeldActions(0.0, 2, rng, gripper=True, moves=3)
+    none = HeldActions(0.0, 2, rng, gripper=True, moves=3, steps=100)
     none.begin(0)
     assert not none(actions[0], True).any() and rng.bit_generator.state == before
 
 
-def test_a_held_move_goes_straight_on():
-    """For 20 steps, one of the first `moves` actions is at a bound and the arm's others are 0; all directions occur."""
+def test_a_disturbed_episode_has_one_straight_move():
+    """For 20 steps from the middle half on, one of the first `moves` actions is at a bound, the arm's others 0."""
     rng = np.random.default_rng(0)
-    hold = HeldActions(1.0, 1, rng, gripper=True, moves=3)
+    hold = HeldActions(1.0, 1, rng, gripper=True, moves=3, steps=100)
+    actions, begun, directions = rng.uniform(-0.9, 0.9, (100, 1, 7)), set(), Counter()
+    for _ in range(400):
+        hold.begin(0)
+        held = np.array([hold(action, False) for action in actions])[:, 0, :6]
+        moved = np.flatnonzero((held != actions[:, 0, :6]).any(1))
+        assert len(moved) == 20 and moved[-1] - moved[0] == 19
+        assert (held[moved] == held[moved[0]]).all()
+        begun.add(moved[0])
+        directions[tuple(held[moved[0]].tolist())] += 1
+    assert (min(begun), max(begun)) == (25, 75)
+    assert directions.keys() == {tuple(side * row) for row in np.eye(6)[:3] for side in (1.0, -1.0)}
+    assert min(directions.values()) > 40  # of 400 / 6 each
     hold.begin(0)
-    actions = rng.uniform(-0.9, 0.9, (20000, 1, 7))
-    held = np.array([hold(action, False) for action in actions])[:, 0]
-    moved = (held[:, :6] != actions[:, 0, :6]).any(1)
-    assert 0.2 < moved.mean() < 0.4  # 20 steps of 20 + 1 / 0.02
-    assert (np.count_nonzero(held[moved, :6], axis=1) == 1).all()
-    directions = {tuple(row) for row in held[moved, :6].tolist()}
-    assert directions == {tuple(side * row) for row in np.eye(6)[:3] for side in (1.0, -1.0)}
-    assert (runs(moved.astype(int))[::2] % 20 == 0).all() or (runs(moved.astype(int))[1::2] % 20 == 0).all()
+    assert not any((hold(action, True)[0, :6] == 0).any() for action in actions)  # none before training
 
 
-def test_nothing_is_held_after_a_success():
-    """From there to the end of the episode the policy's actions are its own, also in the middle of a hold."""
-    rng, actions = np.random.default_rng(0), np.full((2, 4), 0.5)
-    hold = HeldActions(1.0, 2, rng, gripper=True, moves=3)
-    hold.begin(0), hold.begin(1)
-    while not (hold.move_left > 1).all():
-        hold(actions, False)
-    hold.end(0)
-    held = np.array([hold(actions, False) for _ in range(200)])
-    assert (held[:, 0] == 0.5).all() and (held[0, 1, :3] != 0.5).all()
-    hold.begin(0)
-    assert not all(np.array_equal(hold(actions, False)[0], actions[0]) for _ in range(200))
+def test_after_a_success_the_hand_rests_and_then_nothing_is_held():
+    """It rests where a move has solved the task, for 20 steps; in other environments the hold goes on."""
+    rng, actions = np.random.default_rng(0), np.full((3, 4), 0.5)
+    hold = HeldActions(1.0, 3, rng, gripper=True, moves=3, steps=100)
+    for i in range(3):
+        hold.begin(i)
+    hold.move_at[:], hold.move_to[:] = (30, 30, 60), (50, 50, 80)
+    moved = [hold(actions, False) for _ in range(35)][-1]
+    assert (moved[:2, :3] != 0.5).all() and (np.abs(moved[:2, :3]).sum(1) == 1).all() and (moved[2, :3] == 0.5).all()
+    hold.end(0), hold.end(2)
+    held = np.array([[hold(actions, False), hold.end(0)][0] for _ in range(100)])
+    assert (held[:20, 0, :3] == 0).all() and (held[20:, 0, :3] == 0.5).all() and (held[:, 0, 3] == 0.5).all()
+    assert (held[:, 2] == 0.5).all()
+    assert (held[:15, 1, :3] == held[0, 1, :3]).all() and (held[15:, 1, :3] == 0.5).all()
+    assert (held[:, 1, 3] != 0.5).any()
 
 
 def test_without_a_gripper_all_actions_may_be_moves():
     """The last action is held at 0 with the others, or moves itself; nothing is held where there are no moves."""
-    rng, actions = np.random.default_rng(0), np.full((3000, 1, 2), 0.5)
-    hold = HeldActions(1.0, 1, rng, gripper=False, moves=2)
-    hold.begin(0)
-    assert {tuple(x[0]) for x in (hold(action, False) for action in actions)} == {
-        *((0.5, 0.5), (1.0, 0.0), (-1.0, 0.0), (0.0, 1.0), (0.0, -1.0))
-    }
-    still = HeldActions(1.0, 1, rng, gripper=False, moves=0)
+    rng, actions, seen = np.random.default_rng(0), np.full((100, 1, 2), 0.5), set()
+    hold = HeldActions(1.0, 1, rng, gripper=False, moves=2, steps=100)
+    for _ in range(50):
+        hold.begin(0)
+        seen |= {tuple(hold(action, False)[0].tolist()) for action in actions}
+    assert seen == {(0.5, 0.5), (1.0, 0.0), (-1.0, 0.0), (0.0, 1.0), (0.0, -1.0)}
+    still = HeldActions(1.0, 1, rng, gripper=False, moves=0, steps=100)
     still.begin(0)
     assert all(np.array_equal(still(action, False), action) for action in actions)

@@ -263,14 +263,18 @@ def test_after_an_end_through_a_fault_other_episodes_are_drawn(capsys):
 
 
 def test_another_number_of_environments_is_told(capsys):
-    """They start from their own seeds; the counters go on."""
+    """They start from new seeds, others after each end through a fault; the counters go on."""
     collector = collector_of([[]])
     collect(collector, 5)
-    more = collector_of([[], []])
-    before = more.state_dict()["envs"]
-    more.load_state_dict(collector.state_dict())
-    assert capsys.readouterr().out == "warning: num_envs was 1: the environments start from new seeds\n"
-    assert (more.step, more.episode) == (10, 1) and difference(more.state_dict()["envs"], before) == ""
+    drawn = [collector_of([[], []]).state_dict()["envs"]]
+    for restarts in (0, 0, 1):
+        more = collector_of([[], []])
+        more.load_state_dict(collector.state_dict() | {"restarts": restarts})
+        assert "warning: num_envs was 1: the environments start from new seeds\n" in capsys.readouterr().out
+        assert (more.step, more.episode) == (10, 1)
+        drawn.append(more.state_dict()["envs"])
+    assert difference(drawn[1], drawn[2]) == ""
+    assert difference(drawn[0], drawn[1]) and difference(drawn[1], drawn[3])
 
 
 class Lost(VectorEnv):

@@ -162,6 +162,14 @@ def test_tolerant_streams_are_streams(stream):
     assert stream is not None or tolerant.isatty() is False
 
 
+def test_what_an_output_can_not_encode_is_escaped():
+    """Instead of the whole line being lost."""
+    data = io.BytesIO()
+    stream = io.TextIOWrapper(data, encoding="ascii")
+    console.Tolerant(stream).write("run folder Lernläufe\n")
+    assert data.getvalue() == b"run folder Lernl\\xe4ufe\n"
+
+
 def test_printing_goes_on_when_there_is_room_again(monkeypatch):
     """Lines that a full disk refused are lost, the ones after that are not; the streams are put back."""
     stream = Fickle()

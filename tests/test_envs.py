@@ -103,6 +103,44 @@ def test_a_fault_of_a_reset_is_followed_by_other_draws(name):
     assert np.array_equal(image, again)
 
 
+def test_an_environment_gets_a_copy_of_the_action():
+    """It may change its own; what the agent chose stays for the replay."""
+
+    class Scales(FakeEnv):
+        def step(self, action):
+            action *= 0.1
+            return super().step(action)
+
+    env, action = RebuildingEnv(lambda: Scales(seed=0, **OPTIONS)), np.ones(4, np.float32)
+    env.reset()
+    env.step(action)
+    assert (action == 1).all()
+
+
+def test_a_film_is_made_of_copies():
+    """Frames may all be drawn into one array."""
+
+    class OneArray(FakeEnv):
+        canvas = np.zeros((64, 64, 3), np.uint8)
+
+        def render(self):
+            self.canvas += 1
+            return self.canvas
+
+    env = RebuildingEnv(lambda: OneArray(seed=0, **OPTIONS))
+    env.reset(seed=5)
+    assert [int(frame.max()) for frame in [env.frame(5), env.frame(5)]] == [1, 2]
+
+
+def test_an_environment_that_is_built_anew_with_other_images_is_broken():
+    """Not one whose images reach the replay."""
+    sizes = iter((16, *[32] * 20))
+    env = RebuildingEnv(lambda: Faulty(plan={"step": {1: OSError("gone")}}, image_size=next(sizes)))
+    env.reset()
+    assert "OSError" in env.step(NOTHING)[-1]["env_error"]
+    assert "an image of uint8 (3, 32, 32), not of uint8 (3, 16, 16)" in env.reset()[1]["broken"]
+
+
 def test_resets_that_keep_failing_break_the_environment():
     """After RESET_TRIES of them; the last one's error is named. One fewer is survived."""
     failing = {n: OSError(f"not now {n}") for n in range(1, envs.RESET_TRIES + 1)}

@@ -213,6 +213,23 @@ def test_a_policy_that_a_full_disk_refused_is_written_later(tmp_path, monkeypatc
     assert (tmp_path / "run/policy.pt").read_bytes() == refused[0] == refused[1]  # the first evaluation's
 
 
+def test_a_policy_that_was_refused_to_the_end_is_written_by_the_next_start(tmp_path, monkeypatch, capsys):
+    """Of a finished run too: the exit code is 1 until it is there."""
+    write = evaluate.write_file
+
+    def full(path, data):
+        if path.name == "policy.pt":
+            raise OSError(28, "No space left on device")
+        write(path, data)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "write_file", full)
+        assert train(tmp_path / "run") == train(tmp_path / "run") == 1
+    assert not (tmp_path / "run/policy.pt").exists() and "can't be written" in capsys.readouterr().err
+    assert train(tmp_path / "run") == 0
+    assert checkpoint.load_policy(tmp_path / "run/policy.pt")[1].task == "Lift"
+
+
 def test_the_last_evaluation_competes_over_the_same_starts_as_the_others(tmp_path, monkeypatch):
     """It has twice as many episodes; what is compared with the others' mean is the mean of the first half of them."""
     played = []
@@ -313,6 +330,26 @@ def test_an_environment_that_cannot_be_mended_is_told_without_a_traceback(num_en
         Player(counting, envs, 1, torch.device("cpu")).play(2, film=False)
     close_envs(envs)
     assert not multiprocessing.active_children() and "Traceback" not in capfd.readouterr().err
+
+
+def test_an_episode_that_does_not_end_is_ended():
+    """After `limit` control steps; the next one begins as after any other."""
+    with contextlib.closing(open_envs(tiny_config(eval_episodes=3, episode_steps=20), FakeEnv)) as envs:
+        played = Player(counting, envs, 1, torch.device("cpu"), limit=7).play(3, film=False)
+    assert [(x.number, x.length, x.terminal) for x in played] == [(0, 7, False), (1, 7, False), (2, 7, False)]
+
+
+def test_evaluation_environments_with_other_images_are_refused(tmp_path, capsys):
+    """A run goes on without evaluations, told in one line each; --eval says it in one line."""
+
+    class Grown(FakeEnv):
+        def __init__(self, *, seed, image_size, **options):
+            super().__init__(seed=seed, image_size=image_size * (2 if seed == EVAL_SEED else 1), **options)
+
+    assert train(tmp_path / "run", make_env=Grown) == 1
+    out, error = capsys.readouterr()
+    assert "its environment can't be built: UserError: task Lift: its images" in out and error.count("\n") == 1
+    assert not (tmp_path / "run/policy.pt").exists()
 
 
 FOUR_WORKERS = "--num_envs 2 --prefill 40 --eval_episodes 2 --steps 120"

@@ -320,8 +320,12 @@ def test_a_resumed_log_cuts_what_the_checkpoint_does_not_know(tmp_path, capsys):
     Logger(tmp_path, CONFIG, "disabled", SAVED | {"size": size}).close()
     assert [line["a"] for line in lines(tmp_path)] == [1]
     assert capsys.readouterr().out == ""
-    Logger(tmp_path, CONFIG, "disabled", SAVED | {"size": 10_000}).close()
-    assert [line["a"] for line in lines(tmp_path)] == [1]
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'{"env_step": 3, "a"')
+    log = Logger(tmp_path, CONFIG, "disabled", SAVED | {"size": 10_000})
+    log.scalars(4, {"a": 4})
+    log.close()
+    assert [line["a"] for line in lines(tmp_path)] == [1, 4]
     assert capsys.readouterr().out.startswith("warning: metrics.jsonl is shorter than it was at the checkpoint")
     Logger(tmp_path, CONFIG, "disabled").close()  # a run from its start
     assert lines(tmp_path) == []

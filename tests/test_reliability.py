@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -47,7 +48,7 @@ from faulty_env import (
     UnevenInfo,
     faulty,
 )
-from runtime import checkpoint, cli, device, envs, evaluate
+from runtime import checkpoint, cli, collect, device, envs, evaluate
 from runtime.checkpoint import RunFolder
 from runtime.console import StopSignals
 from runtime.envs import RebuildingEnv
@@ -427,17 +428,83 @@ def test_handlers_are_put_back(tmp_path):
     assert all(before[name] == signal.SIG_DFL for name in names)
 
 
-def test_a_signal_before_any_episodes_end_leaves_a_folder_that_starts_afresh(tmp_path, capsys):
-    """There is nothing to save then; the next start says so and drops replay and metrics."""
+def test_a_signal_before_any_episodes_end_saves_the_beginning(straight, tmp_path, capsys):
+    """The run that goes on from there is the straight one, bit for bit."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CountingEnv, "hook", staticmethod(send_once(signal.SIGTERM, lambda env: env.total_steps == 5)))
-        assert faults.train(tmp_path / "run", make_env=CountingEnv) == 143
-    assert "from its beginning" in capsys.readouterr().out
-    assert faults.train(tmp_path / "run", "--steps 60") == 0
-    assert "starting afresh" in capsys.readouterr().out
-    assert (tmp_path / "run" / "earlier_1" / "metrics.jsonl").exists()
-    steps = [line["env_step"] for line in metrics(tmp_path / "run")]
-    assert steps == sorted(steps) and newest(tmp_path / "run")["collector"]["episode"] == 3
+        assert faults.train(tmp_path / "run", "--checkpoint_minutes 0", CountingEnv) == 143
+    assert "the same command continues from step 0" in capsys.readouterr().out
+    assert faults.train(tmp_path / "run", "--checkpoint_minutes 0", NoisyEnv) == 0
+    assert difference(fingerprint(tmp_path / "run"), straight["end"]) == ""
+
+
+def hang_at(step: int, number: int):
+    """A hook that hangs in this step, and gets a signal meanwhile."""
+
+    def hook(env):
+        if env.total_steps == step:
+            threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
+            time.sleep(1000)
+
+    return staticmethod(hook)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGXCPU], ids=lambda x: x.name)
+def test_a_run_whose_environment_hangs_is_saved_too(number, tmp_path, monkeypatch):
+    """After a patience of seconds, with the code and the line of the first signal."""
+    monkeypatch.setattr(StopSignals, "PATIENCE", 1.5)
+    monkeypatch.setattr(CountingEnv, "hook", hang_at(45, number))
+    code, output = Fork(lambda: faults.train(tmp_path / "run", "--checkpoint_minutes 60", CountingEnv)).finish(60)
+    assert code == 128 + number, output
+    assert f"stopped by {number.name}; the same command continues from step 40" in output
+    assert newest(tmp_path / "run")["step"] == 40
+
+
+def test_an_environment_may_install_handlers_of_its_own(tmp_path, monkeypatch):
+    """A signal saves all the same."""
+
+    def hook(env):
+        if env.total_steps == 30:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if env.total_steps == 45:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(CountingEnv, "hook", staticmethod(hook))
+    code, output = Fork(lambda: faults.train(tmp_path / "run", "--checkpoint_minutes 60", CountingEnv)).finish(60)
+    assert code == 143 and newest(tmp_path / "run")["step"] == 40, output
+
+
+def test_an_environment_may_change_the_working_directory(tmp_path, monkeypatch):
+    """A relative run folder stays where it was."""
+
+    class Wanderer(FakeEnv):
+        def __init__(self, **options):
+            super().__init__(**options)
+            os.chdir("/")
+
+    for steps in (60, 100):
+        monkeypatch.chdir(tmp_path)
+        assert faults.train(Path("run"), f"--steps {steps}", Wanderer) == 0
+        assert newest(tmp_path / "run")["step"] == steps
+
+
+@pytest.mark.parametrize("kind", [np.random.MT19937, np.random.Philox, np.random.SFC64])
+def test_an_environment_may_draw_from_another_kind_of_generator(kind, tmp_path):
+    """Its run resumes exactly, and draws anew after an end through faults."""
+
+    class Drawn(NoisyEnv):
+        def __init__(self, *, seed, **options):
+            super().__init__(seed=seed, **options)
+            self.np_random = np.random.Generator(kind(seed))
+
+    assert faults.train(tmp_path / "straight", "--checkpoint_minutes 0", Drawn) == 0
+    for steps in (60, 160):
+        assert faults.train(tmp_path / "run", f"--checkpoint_minutes 0 --steps {steps}", Drawn) == 0
+    both = (newest(tmp_path / name)["collector"]["envs"] for name in ("run", "straight"))
+    assert difference(*both) == ""
+    state = newest(tmp_path / "run")["collector"]["envs"][0]
+    again = [collect._generator(state, restarts).random(3).tolist() for restarts in (0, 1, 2)]
+    assert again[0] != again[1] != again[2] != again[0]
 
 
 # ------------------------------------------------------------------------------------------ crashes
@@ -593,7 +660,8 @@ def test_a_full_disk_costs_a_warning_and_the_next_save_works(tmp_path):
             try:
                 return save(run_dir, *args)
             finally:
-                print("on disk:", checkpoint.load_checkpoint(run_dir)[0]["step"])
+                found = checkpoint.load_checkpoint(run_dir)
+                print("on disk:", found and found[0]["step"])
 
         checkpoint.save_checkpoint = spy
         return faults.train(tmp_path / "run", flags, StarvingEnv)
@@ -604,7 +672,7 @@ def test_a_full_disk_costs_a_warning_and_the_next_save_works(tmp_path):
     output = re.sub("warning: metrics.jsonl.*\n", "", output)
     events = [line for line in output.splitlines() if re.match("warning|on disk|step .* saved", line)]
     assert [re.sub(r"warning: .* can't be written to, training goes on: .*", "warning", x) for x in events] == [
-        *("warning", "on disk: 40", "step 40: saved again"),
+        *("warning", "on disk: None", "on disk: 40", "step 40: saved again"),
         *("warning", "on disk: 80", "step 80: saved again"),
         *("on disk: 80", "warning", "on disk: 120", "step 120: saved again"),
         *("on disk: 120", "warning", "on disk: 160", "step 160: saved again"),
@@ -862,7 +930,7 @@ def test_an_info_may_hold_anything(num_envs, tmp_path):
     """Arrays of other lengths, other types under one name, a function: none of it is a fault, nor ends a worker."""
     flags = f"--num_envs {num_envs} --steps {80 * num_envs} --prefill {20 * num_envs} --capacity 400"
     code, output = Fork(lambda: faults.train(tmp_path / "run", flags, UnevenInfo)).finish(120)
-    assert code == 0 and "warning" not in output, output
+    assert code == 0 and "warning: " not in output, output
 
 
 @pytest.mark.parametrize("make_env", [NanCorner, FailingReset])
@@ -1024,7 +1092,15 @@ def test_an_env_that_is_broken_from_the_start_leaves_a_folder_that_starts(tmp_pa
     assert faults.train(tmp_path / "run", "--steps 60", faulty(resets=range(1000))[0]) == 1
     error = capsys.readouterr().err
     assert "10 resets failed one after the other, the last with RuntimeError" in error and error.count("\n") == 1
+    assert (newest(tmp_path / "run")["step"], newest(tmp_path / "run")["collector"]["restarts"]) == (0, 1)
+    assert faults.train(tmp_path / "run", "--steps 60", faulty(resets=range(1000))[0]) == 1
+    assert newest(tmp_path / "run")["collector"]["restarts"] == 2
+    assert len(checkpoint.list_checkpoints(tmp_path / "run")) == 1
     assert faults.train(tmp_path / "run", "--steps 60") == 0
+    assert "their next episodes are drawn anew" in capsys.readouterr().out
+
+
+FRAMES = [None, 0.5, *(np.zeros(x, np.uint8) for x in ((64, 64), (0, 0, 3))), np.zeros((64, 64, 3)), "growing", "exit"]
 
 
 def test_an_env_that_can_not_close_is_let_go(tmp_path):
@@ -1037,7 +1113,7 @@ def test_an_env_that_can_not_close_is_let_go(tmp_path):
     assert faults.train(tmp_path / "run", "--steps 60", Clinging) == 0
 
 
-@pytest.mark.parametrize("frame", [None, 0.5, np.zeros((64, 64), np.uint8), np.zeros((64, 64, 3)), "growing", "exit"])
+@pytest.mark.parametrize("frame", FRAMES)
 def test_a_frame_that_is_none_costs_the_video(frame, tmp_path, monkeypatch, capsys):
     """Whatever `render` returns, the evaluation counts; one line says why it has no film."""
 

@@ -167,12 +167,18 @@ def test_an_echo_within_a_second_is_the_same_signal(clock, ends):
 
 
 def test_a_second_signal_ends_the_process_at_once(clock, ends):
-    """With its own number: whoever sends it does not want to wait for the save."""
-    with StopSignals():
-        os.kill(os.getpid(), signal.SIGTERM)
-        clock[0] += StopSignals.ECHO + 0.1
-        os.kill(os.getpid(), signal.SIGINT)
-    assert ends == [128 + signal.SIGINT]
+    """With the first one's number. The state is saved first, unless the run is about to do that."""
+    for seen, saved in ((False, [signal.SIGTERM]), (True, [])):
+        left: list[int] = []
+        with StopSignals() as stop:
+            stop.leave = left.append
+            os.kill(os.getpid(), signal.SIGTERM)
+            if seen:
+                with pytest.raises(Stopped):
+                    stop.check()
+            clock[0] += StopSignals.ECHO + 0.1
+            os.kill(os.getpid(), signal.SIGINT)
+        assert left == saved and ends.pop() == 128 + signal.SIGTERM
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs the signals of Unix")
