@@ -46,4 +46,4 @@ run.main(["--preset", "debug", "--wandb", "disabled", "--run_dir", sys.argv[1]],
 """
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "run"], cwd=root, capture_output=True, text=True)
-    assert done.stderr.strip() == "loaded before"
+    assert done.stderr == "error: the environment called sys.exit('loaded before') while it was built\n"
