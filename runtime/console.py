@@ -123,8 +123,8 @@ class StopSignals:
 
     These are the signals of a terminal (INT, HUP) and of schedulers (TERM, USR1, USR2, XCPU). One that is ignored, as
     HUP is under nohup, stays ignored. A second signal within a second is taken for the first one's echo: `timeout`
-    sends its signal to the process and then to the process's group. XCPU never counts as a
-    second signal: the kernel sends it again after each further second of processor time.
+    sends its signal to the process and then to the process's group. XCPU never counts as a second signal: the kernel
+    sends it again after each further second of processor time.
     """
 
     NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
