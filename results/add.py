@@ -21,6 +21,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+from runtime.evaluate import episode_length  # noqa: E402
 from train import Config, defaults  # noqa: E402
 
 CURVE = (
@@ -124,11 +125,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             lines.append(json.loads(text))
     return lines
-
-
-def episode_length(config: Config) -> int:
-    """Control steps of an evaluation's episode."""
-    return config.eval_steps or config.episode_steps
 
 
 def share(value: float, episode_steps: int) -> float:

@@ -318,7 +318,12 @@ def _batch(columns: Sequence[Sequence[Row]]) -> Batch:
 
 def eval_options(config: Config) -> dict[str, Any]:
     """The keywords of `make_env` for the evaluation's environment: its episodes may be longer or shorter."""
-    return env_options(config) | {"episode_steps": config.eval_steps or config.episode_steps, "seed": EVAL_SEED}
+    return env_options(config) | {"episode_steps": episode_length(config), "seed": EVAL_SEED}
+
+
+def episode_length(config: Config) -> int:
+    """Control steps of an evaluation episode, at most."""
+    return config.eval_steps or config.episode_steps
 
 
 def open_envs(config: Config, make_env: MakeEnv) -> Envs:
@@ -409,7 +414,7 @@ class Evaluator:
         try:
             self.envs = self.envs or self._open()
             repeat, device = self.config.action_repeat, self.agent.device
-            limit = eval_options(self.config)["episode_steps"]
+            limit = episode_length(self.config)
             player = Player(self.agent.act, self.envs, repeat, device, EVAL_SEED, self.watch, each_step, limit)
             return player.play(episodes, film)
         except BrokenEnv as error:
@@ -533,8 +538,7 @@ def evaluate_policy(path: Path, given: dict[str, Any], make_env: MakeEnv) -> Non
     with build_errors():
         envs = open_envs(config, make_env)
     try:
-        limit = eval_options(config)["episode_steps"]
-        player = Player(policy, envs, config.action_repeat, device, OWN_SEED, limit=limit)
+        player = Player(policy, envs, config.action_repeat, device, OWN_SEED, limit=episode_length(config))
         played = player.play(config.eval_episodes, film=True)
     except BrokenEnv as error:
         raise Failure(f"the evaluation failed: {error}") from error
