@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that wants an NVIDIA GPU, in about 10 minutes: parity, timings, and five minutes of training.
+# All that wants an NVIDIA GPU, in about 10 minutes: parity, timings, and five minutes of training (MINUTES=0: none).
 #   bash benchmarks/gpu.sh [FOLDER]     results go to FOLDER, ./gpu-results by default
 # Longer training, whose results are small enough to take home:
 #   MINUTES=25 bash benchmarks/gpu.sh
@@ -24,10 +24,14 @@ step parity env PYTHONPATH=".:tests:${PYTHONPATH:-}" "$python" -m unittest -v te
 step update_graphs "$python" benchmarks/update.py --preset standard --updates 50
 step update_eager "$python" benchmarks/update.py --preset standard --updates 20 --cuda_graphs false
 step update_eager_float32 "$python" benchmarks/update.py --preset standard --updates 20 --cuda_graphs false --precision float32
+step update_paper "$python" benchmarks/update.py --preset paper --updates 50
 step update_parts "$python" benchmarks/update.py --preset standard --updates 20 --cuda_graphs false --profile
-step env "$python" benchmarks/env.py
+step env "$python" benchmarks/env.py --rounds 1
 # Without the action repeat, so that a control step costs a fifth of an update.
 step loop "$python" benchmarks/loop.py --preset standard --action_repeat 1 --num_envs "$envs" --steps 12000 --log_every 1000
+
+grep -h '^{' "$out"/*.txt
+[ "${MINUTES:-5}" != 0 ] || exit $failed
 
 run="$out/run"
 echo "== train: ${MINUTES:-5} minutes of the standard preset ${FLAGS-}"
@@ -38,5 +42,4 @@ code=$?
 [ $code -eq 0 ] || [ $code -eq 143 ] || { echo "== train FAILED ($code)"; failed=1; }
 tail -n 5 "$out/train.txt"
 rm -rf "$run/replay" "$run"/checkpoint*  # too big to take home; policy.pt, metrics.jsonl and videos stay
-grep -h '^{' "$out"/*.txt
 exit $failed
