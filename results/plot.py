@@ -2,7 +2,7 @@
 
     python results/plot.py
 
-lift.png                      `run.py --preset cpu` on Lift: each run, their median, SAC and the scripted expert
+lift.png, door.png            `run.py --preset cpu` on a task: each run, their median, SAC and Lift's scripted expert
 experiments/experiments.png   the runs with other constants, or on an easier task
 """
 
@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 HERE = Path(__file__).resolve().parent
 END = 100_000  # control steps of the preset
 SAC_EPISODE = 500  # control steps
-EXPERT = 0.965  # share of an episode's length that the scripted expert gets: expert.py
+EXPERT = {"lift": 0.965}  # share of an episode's length that a scripted expert gets: expert.py
 HOVERING = 0.444  # the most that a hand at the cube gets without holding it, by Lift's reward
 BLUE, GRAY, RED, GREEN, ORANGE = "#0b6fb8", "0.72", "#c0392b", "#2e8b57", "#d9822b"
 # The experiments that changed the course, drawn in color: run, label.
@@ -79,9 +79,14 @@ def median_curve(curves: Curves) -> tuple[list[float], list[float]]:
     return steps, medians
 
 
-def draw_claim(path: Path) -> None:
+def tasks() -> list[str]:
+    """The tasks of which this folder has curves, Lift first."""
+    return sorted({row["task"].lower() for row in read_rows(HERE / "runs.csv")}, reverse=True)
+
+
+def draw_claim(task: str) -> None:
     """Return by control steps on the left, by hours on the right."""
-    curves = read_curves(HERE / "lift.csv")
+    curves = read_curves(HERE / f"{task}.csv")
     stopped = {row["run"] for row in read_rows(HERE / "runs.csv") if row["status"] == "stopped"}
     figure, (by_steps, by_hours) = plt.subplots(1, 2, figsize=(9, 4), sharey=True, width_ratios=(3, 2))
     for run, points in curves.items():
@@ -94,21 +99,23 @@ def draw_claim(path: Path) -> None:
     by_steps.plot([], [], color=BLUE, alpha=0.5, linewidth=1, label=f"each of {len(curves)} runs (x: stopped early)")
     by_steps.plot([step / 1000 for step in steps], medians, color=BLUE, linewidth=3, label="their median")
     last = max(point["env_step"] for points in curves.values() for point in points)
-    draw_sac(by_steps, last)
-    for axis in (by_steps, by_hours):
-        axis.axhline(EXPERT, color="0.3", linewidth=1, linestyle="--")
-        axis.text(0.02, EXPERT + 0.015, "scripted expert", transform=axis.get_yaxis_transform(), fontsize=9)
+    draw_sac(by_steps, task, last)
+    for axis in (by_steps, by_hours) if task in EXPERT else ():
+        axis.axhline(EXPERT[task], color="0.3", linewidth=1, linestyle="--")
+        axis.text(0.02, EXPERT[task] + 0.015, "scripted expert", transform=axis.get_yaxis_transform(), fontsize=9)
     finish(by_steps, "control steps, in thousands", 1.05 * last / 1000)
     longest = max(point["hours"] for points in curves.values() for point in points)
     finish(by_hours, "hours on one CPU core", 1.05 * longest)
     by_steps.set_ylabel("return / episode length")
     by_steps.legend(loc="lower right", bbox_to_anchor=(1, 0.09), fontsize=9)
-    save(figure, path)
+    save(figure, HERE / f"{task}.png")
 
 
-def draw_sac(axis: Axes, last: float) -> None:
-    """The median of RoboSuite's published SAC runs, as far as the other curves go."""
-    rows = [row for row in read_rows(HERE / "sac.csv") if float(row["env_step"]) <= last]
+def draw_sac(axis: Axes, task: str, last: float) -> None:
+    """The median of RoboSuite's published SAC runs on a task, as far as the other curves go."""
+    rows = [
+        row for row in read_rows(HERE / "sac.csv") if row["task"].lower() == task and float(row["env_step"]) <= last
+    ]
     steps = [float(row["env_step"]) / 1000 for row in rows]
     shares = [float(row["return_median"]) / SAC_EPISODE for row in rows]
     axis.plot(steps, shares, color="0.25", linewidth=2, linestyle="-.", label="SAC from the full state, median")
@@ -150,8 +157,9 @@ def finish(axis: Axes, label: str, end: float) -> None:
 def table() -> list[str]:
     """The lines of README.md's table: each run at the preset's end, or at its last evaluation if it was stopped."""
     points: dict[str, list[dict[str, str]]] = {}
-    for point in read_rows(HERE / "lift.csv"):
-        points.setdefault(point["run"], []).append(point)
+    for task in tasks():
+        for point in read_rows(HERE / f"{task}.csv"):
+            points.setdefault(point["run"], []).append(point)
     lines = []
     for run in read_rows(HERE / "runs.csv"):
         until_end = [point for point in points[run["run"]] if int(point["env_step"]) <= END]
@@ -169,10 +177,16 @@ def table() -> list[str]:
             run["cores"],
             f"{int(first['env_step']):,}, {60 * float(first['hours']):.0f} min" if first else "not yet",
             run["commit"].split(";")[-1].split()[0],
-            f"`{' '.join(['python run.py --preset cpu --seed', run['seed'], run['overrides']]).strip()}`",
+            f"`{command(run)}`",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def command(run: dict[str, str]) -> str:
+    """The command that makes a run."""
+    task = [] if run["task"] == "Lift" else ["--task", run["task"]]
+    return " ".join(["python run.py --preset cpu", *task, "--seed", run["seed"], run["overrides"]]).strip()
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -184,8 +198,9 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def main() -> None:
-    """Draw both figures."""
-    draw_claim(HERE / "lift.png")
+    """Draw all figures."""
+    for task in tasks():
+        draw_claim(task)
     draw_experiments(HERE / "experiments" / "experiments.png")
     print("\n".join(table()))
 
