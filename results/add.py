@@ -12,6 +12,7 @@ import contextlib
 import csv
 import io
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Collection, Iterable, Mapping
@@ -96,9 +97,10 @@ def flags(changed: Mapping[str, Any]) -> str:
 
 def read_curve(run_dir: Path, config: Config, run: str) -> tuple[list[dict[str, Any]], float]:
     """A row for each evaluation in metrics.jsonl, and the hours that the run took in all."""
-    hours, logged, curve = 0.0, 0, []
+    hours, logged, speed, curve = 0.0, 0, math.inf, []
     for line in read_metrics(run_dir / "metrics.jsonl"):
-        if speed := line.get("perf/env_steps_per_s"):
+        if "perf/env_steps_per_s" in line:
+            speed = line["perf/env_steps_per_s"]
             hours += (line["env_step"] - logged) / speed / 3600
             logged = line["env_step"]
         if "eval/return_mean" in line:
@@ -106,7 +108,7 @@ def read_curve(run_dir: Path, config: Config, run: str) -> tuple[list[dict[str, 
                 "run": run,
                 "seed": config.seed,
                 "env_step": line["env_step"],
-                "hours": round(hours, 3),
+                "hours": round(hours + (line["env_step"] - logged) / speed / 3600, 3),  # since then, at that speed
                 "return": line["eval/return_mean"],
                 "return_std": line["eval/return_std"],
                 "return_share": share(line["eval/return_mean"], episode_length(config)),
