@@ -107,8 +107,8 @@ def draw_claim(task: str) -> None:
     longest = max(point["hours"] for points in curves.values() for point in points)
     finish(by_hours, "hours on one CPU core", 1.05 * longest)
     by_steps.set_ylabel("return / episode length")
-    by_hours.legend(*by_steps.get_legend_handles_labels(), loc="lower right", fontsize=9)  # where no curve is hidden
-    save(figure, HERE / f"{task}.png")
+    figure.legend(*by_steps.get_legend_handles_labels(), loc="upper center", ncols=3, frameon=False, fontsize=9)
+    save(figure, HERE / f"{task}.png", top=0.94)
 
 
 def draw_sac(axis: Axes, task: str, last: float) -> None:
@@ -189,9 +189,9 @@ def command(run: dict[str, str]) -> str:
     return " ".join(["python run.py --preset cpu", *task, "--seed", run["seed"], run["overrides"]]).strip()
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure, sharp at twice the width that a README shows."""
-    figure.tight_layout()
+def save(figure: Figure, path: Path, top: float = 1) -> None:
+    """Write a figure, sharp at twice the width that a README shows; the axes leave free what is above `top`."""
+    figure.tight_layout(rect=(0, 0, 1, top))
     figure.savefig(path, dpi=180)
     plt.close(figure)
     print(path)
