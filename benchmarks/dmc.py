@@ -4,8 +4,8 @@
     python benchmarks/dmc.py walker_walk --seed 1
 
 The flags after the task are those of run.py; the preset is `paper` unless they say otherwise.
-Returns are to be compared with those of the author, github.com/danijar/dreamerv2/scores/dmc-vision-dreamerv2.json:
-means of the training episodes of each 30,000 control steps. Needs a GPU: an update of `paper` takes 28 ms on an H200.
+Returns are to be compared with the author's, scores/dmc-vision-dreamerv2.json of github.com/danijar/dreamerv2: means of
+the training episodes of each 30,000 control steps. It wants a GPU: an update of `paper` takes 29 ms on an H100.
 """
 
 import functools

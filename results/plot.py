@@ -80,8 +80,8 @@ def median_curve(curves: Curves) -> tuple[list[float], list[float]]:
 
 
 def tasks() -> list[str]:
-    """The tasks of which this folder has curves, Lift first."""
-    return sorted({row["task"].lower() for row in read_rows(HERE / "runs.csv")}, reverse=True)
+    """The tasks of which this folder has curves, in the order of runs.csv."""
+    return list(dict.fromkeys(row["task"].lower() for row in read_rows(HERE / "runs.csv")))
 
 
 def draw_claim(task: str) -> None:
