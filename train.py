@@ -260,6 +260,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 TASKS: dict[str, dict[str, Any]] = {  # constants that a task replaces, unless a preset or a flag does
     "Door": {"cameras": ("sideview", "robot0_eye_in_hand")},  # agentview hardly shows its door and the hand
+    "PickPlaceCan": {"cameras": ("robot0_robotview", "robot0_eye_in_hand")},  # in agentview the can is 3 pixels wide
 }
 
 
