@@ -19,7 +19,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
-END = 100_000  # control steps of the preset
 SAC_EPISODE = 500  # control steps
 EXPERT = {"lift": 0.965}  # share of an episode's length that a scripted expert gets: expert.py
 HOVERING = 0.444  # the most that a hand at the cube gets without holding it, by Lift's reward
@@ -70,7 +69,8 @@ def column(points: list[dict[str, float]], name: str) -> list[float]:
 def median_curve(curves: Curves) -> tuple[list[float], list[float]]:
     """Each 10,000 control steps that two runs reached, and their median there, with lines between evaluations."""
     steps, medians = [], []
-    for step in range(10_000, END + 1, 10_000):
+    longest = max(points[-1]["env_step"] for points in curves.values())
+    for step in range(10_000, int(longest) + 1, 10_000):
         there = [points for points in curves.values() if points[0]["env_step"] <= step <= points[-1]["env_step"]]
         if len(there) >= 2:
             steps.append(float(step))
@@ -155,15 +155,15 @@ def finish(axis: Axes, label: str, end: float) -> None:
 
 
 def table() -> list[str]:
-    """The lines of README.md's table: each run at the preset's end, or at its last evaluation if it was stopped."""
+    """The lines of README.md's table: each run at its last evaluation."""
     points: dict[str, list[dict[str, str]]] = {}
     for task in tasks():
         for point in read_rows(HERE / f"{task}.csv"):
             points.setdefault(point["run"], []).append(point)
     lines = []
     for run in read_rows(HERE / "runs.csv"):
-        until_end = [point for point in points[run["run"]] if int(point["env_step"]) <= END]
-        last, first = until_end[-1], next((point for point in until_end if float(point["success"]) == 1), None)
+        curve = points[run["run"]]
+        last, first = curve[-1], next((point for point in curve if float(point["success"]) == 1), None)
         spread = float(last["return_std"])
         cells = [
             f"`{run['run']}`",
