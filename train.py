@@ -149,6 +149,7 @@ class Config:
     actor_entropy: Weight = 0.01  # weight of the entropy bonus in the first update; above 0 if it decays
     actor_entropy_final: Weight = 0.001  # value to which the weight of the entropy bonus decays exponentially
     entropy_updates: Whole = 3_000  # updates over which the entropy weight decays; 0: it stays at actor_entropy
+    actor_output_cost: Weight = 1e-3  # weight of a cost on the squared outputs before tanh, which keeps tanh's gradient
     actor_lr: Positive = 8e-5  # learning rate of the actor
     actor_eps: Positive = 1e-5  # epsilon of the actor's Adam optimizer
     actor_clip: Positive = 100.0  # largest global norm of the actor's gradient
@@ -253,6 +254,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "actor_entropy": 1e-4,
         "actor_entropy_final": 1e-4,
         "entropy_updates": 0,
+        "actor_output_cost": 0.0,
         "return_norm": False,
         "target_every": 100,
     },
@@ -466,13 +468,18 @@ class Behavior(nn.Module):
         policy = self.actor.distribution(*(x[:-1] for x in imagined.policy))
         entropy = policy.entropy(draws)
         objective = self._objective(policy, imagined.action[1:-1], returns[1:], target_value[:-2])
-        actor_loss = -(weight[:-2] * (objective + self.entropy_weight * entropy)).mean()
+        out = imagined.policy[0][:-1].float()  # before tanh
+        bonus = self.entropy_weight * entropy
+        if c.actor_output_cost:  # where tanh is flat, only the width of the distribution would still learn
+            bonus = bonus - c.actor_output_cost * out.square().sum(-1)
+        actor_loss = -(weight[:-2] * (objective + bonus)).mean()
         value = self.value(feat[:-1].detach())
         value_loss = -(weight[:-1] * value.log_prob(returns.detach())).mean()
         metrics = {
             "behavior/actor_loss": actor_loss,
             "behavior/value_loss": value_loss,
             "behavior/entropy": entropy.mean(),
+            "behavior/actor_output": out.square().mean().sqrt(),
             "behavior/value": value.mean.mean(),
             "behavior/target_value": target_value.mean(),
             "behavior/lambda_return": returns.mean(),

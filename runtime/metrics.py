@@ -71,6 +71,7 @@ SECTIONS = {
         Panel("Policy entropy, nats", {"behavior/entropy": ""}),
         Panel("Actions in imagination", {"behavior/action_mean": "mean", "behavior/action_std": "spread"}),
         Panel("Share of saturated actions", {"behavior/action_saturated": ""}, share=True),
+        Panel("Actor's outputs before tanh", {"behavior/actor_output": ""}),
         Panel("Actor loss", {"behavior/actor_loss": ""}),
         Panel("Value loss", {"behavior/value_loss": ""}),
         Panel("Gradient norms", {"behavior/actor_grad_norm": "actor", "behavior/value_grad_norm": "value"}, log=True),

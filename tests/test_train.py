@@ -486,6 +486,23 @@ def test_both_is_a_mix():
     assert losses["both", 0.3] == pytest.approx(0.3 * dynamics + 0.7 * reinforce, rel=1e-4)
 
 
+def test_outputs_before_tanh_cost_their_squares():
+    """The cost is weight * cost * squares, summed over A, of the policies that led somewhere; the critic has none."""
+    plain, costly = (tiny_behavior(actor_grad="reinforce", actor_output_cost=cost) for cost in (0.0, 0.5))
+    costly.load_state_dict(plain.state_dict())
+    imagined = rollouts(plain)
+    out = 3 * torch.randn_like(imagined.policy[0])
+    imagined = imagined._replace(policy=(out.requires_grad_(), *imagined.policy[1:]))
+    losses = [behavior.loss(imagined, seeded())[:2] for behavior in (plain, costly)]
+    weight = 0.9 ** torch.arange(3.0)
+    expected = 0.5 * (weight[:, None] * out[:3].square().sum(-1)).mean()
+    assert torch.allclose(losses[1][0] - losses[0][0], expected, rtol=1e-4)
+    assert torch.equal(losses[1][1], losses[0][1])
+    (gradient,) = torch.autograd.grad(losses[1][0] - losses[0][0], out)
+    assert torch.allclose(gradient[:3], weight[:, None, None] * out[:3] / (3 * out.shape[1]), atol=1e-5)
+    assert not gradient[3:].any()  # the last policy's action only feeds the bootstrap value
+
+
 def test_entropy_bonus():
     """With nothing to gain, the bonus raises the policy's entropy."""
     behavior = tiny_behavior(actor_entropy=1.0)
