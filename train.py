@@ -71,7 +71,7 @@ class Config:
     robot: Env[Fixed[str]] = "Panda"  # name of a RoboSuite robot with one arm
     controller: Env[Fixed[str]] = "OSC_POSE"  # OSC_POSE, OSC_POSITION (without turns), JOINT_POSITION or JOINT_TORQUE
     rotation_scale: Env[Fixed[PositiveShare]] = 0.02  # commands that turn the hand are multiplied by this number
-    cameras: Env[Fixed[tuple[str, ...]]] = ("agentview", "robot0_eye_in_hand")  # cameras that the agent sees through
+    cameras: Env[Fixed[tuple[str, ...]]] = ("agentview", "sideview", "robot0_eye_in_hand")  # the cameras of the agent
     image_size: Env[Fixed[Literal[32, 64, 128]]] = 64  # height and width of a camera picture, in pixels
     control_freq: Env[Positive] = 20  # control steps in a second of simulated time; must divide the physics rate
     action_repeat: Env[Fixed[Count]] = 2  # control steps for which the robot holds each action of the agent
@@ -99,7 +99,7 @@ class Config:
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: WANDB_MODE, else online if there is a key
 
     # replay
-    capacity: Count = 250_000  # agent steps that the replay holds; each takes 24 KB with two cameras of 64 pixels
+    capacity: Count = 250_000  # agent steps that the replay holds; each takes 36 KB with three cameras of 64 pixels
     prefill: Count = 5_000  # agent steps of random actions before the first update
     pretrain: Whole = 100  # updates made at once after the prefill
     train_every: Annotated[float, Range(0.001)] = 5  # agent steps between two updates; may be a fraction
