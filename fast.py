@@ -27,6 +27,7 @@ def speed_up(agent: Dreamer | Policy) -> None:
         swap_layers(agent.rssm, agent)
         return
     swap_layers(agent.world_model.rssm, agent.world_model, agent.behavior)
+    swap_layers(agent.averaged.rssm, agent.averaged)
     if agent.device.type == "cuda" and agent.config.cuda_graphs:
         use_cuda_graphs(agent)
 

@@ -4,7 +4,8 @@ One update (`Dreamer.train_step`) on a batch of replayed sequences:
   1. the world model takes a step on image, reward, discount and KL losses (equation 2);
   2. from posterior states the improved model imagines H steps under the actor;
   3. actor and critic take a step on lambda-returns of the imagined rewards (equations 4 - 6);
-  4. every `target_every` updates, the target value network copies the critic or moves towards it.
+  4. every `target_every` updates, the target value network copies the critic or moves towards it;
+  5. the averaged policy, which is evaluated, moves towards the policy.
 
 Shapes: T time, B batch, N = T * B imagination starts (or `imagine_starts` of them), H horizon, A action, E embed,
 D deter, S x K stochastic groups x classes, F = S * K + D features, C x H x W image (H is the height there). Time is
@@ -154,6 +155,7 @@ class Config:
     actor_eps: Positive = 1e-5  # epsilon of the actor's Adam optimizer
     actor_clip: Positive = 100.0  # largest global norm of the actor's gradient
     actor_decay: Share = 1e-6  # each update multiplies the actor's parameters by 1 minus this number
+    policy_average: Share = 0.99  # momentum of the averaged policy, which is the one that is evaluated; 0: no average
     return_norm: bool = True  # divide the actor's returns by the running width of their 5 - 95 % range, if above 1
     value_layers: Fixed[Whole] = 4  # hidden layers of the critic
     value_units: Size = 400  # units of each hidden layer of the critic
@@ -255,6 +257,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "actor_entropy_final": 1e-4,
         "entropy_updates": 0,
         "actor_output_cost": 0.0,
+        "policy_average": 0.0,
         "return_norm": False,
         "target_every": 100,
     },
@@ -657,12 +660,12 @@ class Optimizer:
         self.skipped.copy_(state["skipped"])
 
 
-NETWORKS = ("world_model", "behavior")  # of a Dreamer
+NETWORKS = ("world_model", "behavior", "averaged")  # of a Dreamer
 OPTIMIZERS = ("model_optimizer", "actor_optimizer", "value_optimizer")
 
 
 class Dreamer:
-    """The agent: world model, behavior and their three optimizers.
+    """The agent: world model, behavior and their three optimizers, the policy that collects, and the averaged one.
 
     Args:
         image_shape: (C, H, W) of the uint8 images.
@@ -686,6 +689,7 @@ class Dreamer:
         self.behavior = Behavior(config, feat_size, action_size).to(self.device)
         c = config
         self.policy = Policy(self.world_model.encoder, self.world_model.rssm, self.behavior.actor, c.eval_action)
+        self.averaged = copy.deepcopy(self.policy).requires_grad_(False)
         self.model_optimizer = Optimizer(self.world_model, c.model_lr, c.model_eps, c.model_clip, c.model_decay)
         self.actor_optimizer = Optimizer(self.behavior.actor, c.actor_lr, c.actor_eps, c.actor_clip, c.actor_decay)
         self.value_optimizer = Optimizer(self.behavior.value, c.value_lr, c.value_eps, c.value_clip, c.value_decay)
@@ -709,6 +713,7 @@ class Dreamer:
         if self.updates % self.config.target_every == 0:
             self.behavior.update_target(1.0 if self.updates == 0 else self.config.target_fraction)
         self.updates += 1
+        self.update_average()
         return metrics
 
     def model_gradients(self, batch: Batch) -> tuple[RSSMState, dict[str, Tensor]]:
@@ -735,6 +740,17 @@ class Dreamer:
             imagined = self.world_model.imagine(self.behavior.actor, start, is_terminal, draws, differentiable)
             return self.behavior.loss(imagined, draws)
 
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """Move the averaged policy towards the newest one, after an update.
+
+        It is the plain mean of the first policies, until there are enough for the running average (Polyak and Juditsky,
+        1992, average the steps of stochastic gradients): what one of them has forgotten, the others know.
+        """
+        share = max(1 - self.config.policy_average, 1 / self.updates)
+        for average, newest in zip(self.averaged.parameters(), self.policy.parameters(), strict=True):
+            average.lerp_(newest, share)
+
     def skipped_in_a_row(self) -> int:
         """Updates up to now that an optimizer skipped without a break, the most of the three. Waits for the device."""
         return int(max(float(optimizer.skipped_in_a_row) for optimizer in self.optimizers))
@@ -755,10 +771,12 @@ class Dreamer:
         is_first: Tensor,
         draws: Draws | None = None,
         deterministic: bool | Tensor = False,
+        averaged: bool = False,
     ) -> tuple[Tensor, ActState]:
-        """Actions (B, A) for uint8 images (B, C, H, W) of B environments; see `Policy.forward`."""
+        """Actions (B, A) of the newest or the averaged policy for uint8 images (B, C, H, W); see `Policy.forward`."""
+        policy = self.averaged if averaged else self.policy
         with self.autocast():
-            return self.policy(image, state, is_first, draws or self.draws, deterministic)
+            return policy(image, state, is_first, draws or self.draws, deterministic)
 
     def predict(self, batch: Batch, draws: Draws) -> Prediction:
         """Open-loop prediction of a batch (T, B, ...); see `WorldModel.predict`."""

@@ -342,7 +342,7 @@ def open_envs(config: Config, make_env: MakeEnv) -> Envs:
 
 
 class Evaluator:
-    """Evaluates a run's agent, films it, and keeps the policy of the best evaluation.
+    """Evaluates a run's averaged policy, films it, and keeps that of the best evaluation.
 
     Nothing here changes what training does. `make_env` builds the environments at the first evaluation; they live as
     long as the run.
@@ -415,7 +415,8 @@ class Evaluator:
             self.envs = self.envs or self._open()
             repeat, device = self.config.action_repeat, self.agent.device
             limit = episode_length(self.config)
-            player = Player(self.agent.act, self.envs, repeat, device, EVAL_SEED, self.watch, each_step, limit)
+            act = functools.partial(self.agent.act, averaged=True)
+            player = Player(act, self.envs, repeat, device, EVAL_SEED, self.watch, each_step, limit)
             return player.play(episodes, film)
         except BrokenEnv as error:
             self.close()
@@ -452,7 +453,7 @@ class Evaluator:
         if mean > self.best:
             self.best, self.best_step = mean, step
             figures = {"env_step": step, **summary}
-            self.unwritten = policy_file(self.agent.policy, self.config, **figures), figures
+            self.unwritten = policy_file(self.agent.averaged, self.config, **figures), figures
 
     def write_policy(self) -> None:
         """Write the best evaluation's policy, unless that is done. If the disk refuses it, a later call tries again."""

@@ -121,7 +121,7 @@ def test_a_sped_up_update_is_the_plain_one(changes):
 def test_speeding_up_keeps_parameters_and_names():
     """Optimizers and saved states don't notice: the same parameters under the same names, and no random draw."""
     agent = tiny_dreamer(tiny_config())
-    modules = agent.world_model, agent.behavior, agent.policy
+    modules = agent.world_model, agent.behavior, agent.policy, agent.averaged
     before, draws = [dict(module.named_parameters()) for module in modules], torch.get_rng_state()
     keys = [list(module.state_dict()) for module in modules]
     speed_up(agent)
@@ -139,6 +139,7 @@ def test_layers_that_are_swapped(classes, one_hot):
     layers = [layer for root in (agent.world_model, agent.behavior) for layer in root.modules()]
     assert sum(isinstance(layer, OneHotLinear) for layer in layers) == one_hot
     assert all(isinstance(conv, Overlay) for conv in agent.world_model.decoder.conv)
+    assert isinstance(agent.averaged.actor.mlp.dense[0], OneHotLinear) == (one_hot > 0)
     assert (agent.policy.actor.mlp.dense[0] in layers) and not isinstance(agent.model_gradients, Graphed)
 
 

@@ -590,6 +590,29 @@ def test_target_value_is_copied_on_schedule():
         assert unchanged(behavior.target_value, before) == (update % 3 != 0)
 
 
+def test_evaluated_policies_are_averages():
+    """A plain mean of the policies so far, and a running average once it has enough of them; without it, the newest."""
+    momentum, dreamer = 0.75, tiny_dreamer(tiny_config(policy_average=0.75, actor_lr=1e-2, model_lr=1e-2))
+    newest = tiny_dreamer(tiny_config(policy_average=0.0, actor_lr=1e-2, model_lr=1e-2))
+    batch, expected = random_batch(dreamer.config), {}
+    for update in range(1, 8):
+        dreamer.train_step(batch), newest.train_step(batch)
+        for name, weight in dreamer.policy.state_dict().items():
+            share = 1 / update if update <= 4 else 1 - momentum
+            expected[name] = (1 - share) * expected.get(name, 0.0) + share * weight
+    averaged = dreamer.averaged.state_dict()
+    assert averaged.keys() == expected.keys() == dreamer.policy.state_dict().keys()
+    for name, weight in expected.items():
+        assert torch.allclose(averaged[name], weight, atol=1e-6), name
+    assert not unchanged(dreamer.averaged, dreamer.policy.state_dict())
+    assert unchanged(newest.averaged, newest.policy.state_dict())
+    assert not any(p.requires_grad for p in dreamer.averaged.parameters())
+    image, is_first = batch.image[0], batch.is_first[0]
+    for averaged, policy in ((True, dreamer.averaged), (False, dreamer.policy)):
+        action, _ = dreamer.act(image, None, is_first, seeded(1), deterministic=True, averaged=averaged)
+        assert torch.equal(action, policy(image, None, is_first, seeded(1), deterministic=True)[0])
+
+
 def test_target_fraction():
     """A later copy moves the target by the fraction; the first is whole."""
     dreamer = tiny_dreamer(tiny_config(target_every=1, target_fraction=0.25, value_lr=1e-2))
