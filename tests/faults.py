@@ -27,7 +27,8 @@ TINY = (
 # 8 episodes of 20 steps; training starts in the second, 40 updates; the replay wraps around in the fifth.
 SHORT = (
     "--steps 160 --prefill 30 --pretrain 8 --train_every 4 --capacity 90 --log_every 50 --eval_every 60 "
-    "--video_every 1000000 --eval_episodes 1 --replay_focus 1"  # of two sequences one is of the newest, one of the best
+    "--video_every 1000000 --eval_episodes 1 --replay_focus 1 "  # of two sequences one is new, one of the best
+    "--policy_average 0.9"  # of 40 updates
 )
 
 

@@ -162,6 +162,7 @@ DROPPED = [
     drop("agent.world_model", fresh),
     drop("agent.behavior", fresh),
     drop("agent.behavior", no_target),
+    drop("agent.averaged", fresh),
     drop("agent.model_optimizer", no_moments),
     drop("agent.actor_optimizer", no_moments),
     drop("agent.value_optimizer", no_moments),
