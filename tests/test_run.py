@@ -85,7 +85,7 @@ def debug_run(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
 def test_debug_run_prints_a_preflight_that_fits_a_terminal_and_no_warning(debug_run):
     """The preflight names preset, device, shapes, memory, folder and W&B mode; nothing else is printed."""
     run_dir, done = debug_run
-    for word in ("preset debug", "device cpu", "Lift", "(6, 64, 64)", "parameters", "replay", "offline", "done: 180"):
+    for word in ("preset debug", "device cpu", "Lift", "(9, 64, 64)", "parameters", "replay", "offline", "done: 180"):
         assert word in done.stdout
     assert done.stderr == ""
     assert "warning" not in done.stdout.lower()
@@ -129,7 +129,7 @@ def test_debug_run_videos_show_a_picture(debug_run):
     """The three kinds of videos have the expected sides and moving, non-black frames."""
     import imageio.v2 as imageio
 
-    for name, height in (("eval", 32 + 256), ("openloop", 32 + 2 * 3 * 128), ("dream", 32 + 2 * 128 + 32)):
+    for name, height in (("eval", 32 + 256), ("openloop", 32 + 3 * 3 * 128), ("dream", 32 + 3 * 128 + 32)):
         path = sorted((debug_run[0] / "videos").glob(f"{name}_*.mp4"))[-1]
         frames = [frame for frame in imageio.get_reader(path)]
         assert frames[0].shape[0] == height and frames[0].shape[1] % 16 == 0
