@@ -360,10 +360,10 @@ def test_the_policy_remembers_held_commands(tmp_path, monkeypatch):
             executed.append(np.array(action, np.float32))
             return super().step(action)
 
-    def listen(self, image, state, is_first, draws=None, deterministic=False):
-        if deterministic is not True and state is not None:  # an evaluation passes True
+    def listen(self, image, state, is_first, draws=None, deterministic=False, averaged=False):
+        if not averaged and state is not None:  # an evaluation asks the averaged policy
             remembered.append((state.action[0].numpy(), executed[-1]))
-        return act(self, image, state, is_first, draws, deterministic)
+        return act(self, image, state, is_first, draws, deterministic, averaged)
 
     monkeypatch.setattr(Dreamer, "act", listen)
     assert train(tmp_path / "run", "--held_actions 1 --eval_every 1000", Listening) == 0
