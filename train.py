@@ -526,9 +526,7 @@ class Behavior(nn.Module):
 
     def update_target(self, fraction: float) -> None:
         """Move the target value towards the critic; a fraction of 1 copies it."""
-        with torch.no_grad():
-            for target, value in zip(self.target_value.parameters(), self.value.parameters(), strict=True):
-                target.lerp_(value, fraction)
+        move_towards(self.target_value, self.value, fraction)
 
 
 class ActState(NamedTuple):
@@ -740,7 +738,6 @@ class Dreamer:
             imagined = self.world_model.imagine(self.behavior.actor, start, is_terminal, draws, differentiable)
             return self.behavior.loss(imagined, draws)
 
-    @torch.no_grad()
     def update_average(self) -> None:
         """Move the averaged policy towards the newest one, after an update.
 
@@ -748,8 +745,7 @@ class Dreamer:
         1992, average the steps of stochastic gradients): what one of them has forgotten, the others know.
         """
         share = max(1 - self.config.policy_average, 1 / self.updates)
-        for average, newest in zip(self.averaged.parameters(), self.policy.parameters(), strict=True):
-            average.lerp_(newest, share)
+        move_towards(self.averaged, self.policy, share)
 
     def skipped_in_a_row(self) -> int:
         """Updates up to now that an optimizer skipped without a break, the most of the three. Waits for the device."""
@@ -886,6 +882,13 @@ def preprocess(image: Tensor) -> Tensor:
     """
     flat = image.reshape(-1, *image.shape[-3:]).contiguous(memory_format=torch.channels_last)
     return flat.float().div_(255).sub_(0.5).reshape(image.shape)
+
+
+@torch.no_grad()
+def move_towards(follower: nn.Module, module: nn.Module, share: float) -> None:
+    """Move the follower's parameters towards the module's by a share of the way; 1 copies them."""
+    for a, b in zip(follower.parameters(), module.parameters(), strict=True):
+        a.lerp_(b, share)
 
 
 @contextlib.contextmanager
