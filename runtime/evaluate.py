@@ -44,6 +44,7 @@ EVAL_SEED = 1_000_000  # of the evaluation env; its episodes are the same in eve
 OWN_SEED = 2_000_000  # of `--eval`, whose episodes no evaluation of training has played
 EVAL_EPISODES = 20  # with --eval
 LAST_EVALUATION = 2  # times eval_episodes are evaluated at a run's end
+EARLY = 4  # times as often as else is evaluated when training episodes succeed and evaluations don't yet
 TRIES, OTHER_SEED = 3, 1_000  # an episode that fails is played again that often, its seed moved by so much
 DREAM_STEPS = 45  # imagined in the video of the policy's dreams
 OPEN_LOOP_STEPS = (1, 5, 15, 45)  # imagined agent steps after which the open-loop error is logged
@@ -348,7 +349,7 @@ class Evaluator:
     long as the run.
     """
 
-    SAVED = ("evaluated", "solved", "filmed", "largest", "best", "best_step", "best_success", "incomplete")
+    SAVED = ("evaluated", "filmed", "largest", "best", "best_step", "best_success", "incomplete")
 
     def __init__(
         self,
@@ -366,7 +367,6 @@ class Evaluator:
         self.started, self.seconds = time.monotonic(), 0.0  # of this process; those that its evaluations took
         self.evaluated = self.filmed = 0  # control steps
         self.largest = 0.0  # reward of an agent step, of all evaluations
-        self.solved = False  # whether ten training episodes in a row have succeeded
         self.best, self.best_step = -math.inf, -1  # mean return and control step of the best evaluation
         self.best_success = 0.0
         self.incomplete = 0  # evaluations in which the environment could not play all episodes
@@ -375,12 +375,13 @@ class Evaluator:
     def due(self, step: int, solved: bool = False) -> bool:
         """Whether an evaluation is due at this control step.
 
-        One is due after `eval_every`, at the end, and the first time that ten training episodes in a row succeed.
+        One is due after `eval_every` and at the end. `solved` says that ten training episodes in a row have succeeded:
+        then the first evaluation in which all episodes do is not to wait for so long.
         """
         if self.agent.updates == 0:
             return False
-        first, self.solved = solved and not self.solved, solved or self.solved
-        return first or step >= self.config.steps or step - self.evaluated >= self.config.eval_every
+        hurry = EARLY if solved and self.best_success < 1 else 1
+        return step >= self.config.steps or step - self.evaluated >= self.config.eval_every / hurry
 
     def evaluate(self, step: int) -> None:
         """Evaluate, log what that gives, film if that is due, and keep the best policy."""

@@ -397,7 +397,7 @@ def test_an_evaluator_remembers_its_evaluations(capsys):
 
     evaluator = evaluator_of(config)
     names = Evaluator.SAVED
-    assert names == ("evaluated", "solved", "filmed", "largest", "best", "best_step", "best_success", "incomplete")
+    assert names == ("evaluated", "filmed", "largest", "best", "best_step", "best_success", "incomplete")
     for number, name in enumerate(names, start=1):
         setattr(evaluator, name, number)
     again = evaluator_of(config)

@@ -369,16 +369,18 @@ def test_a_run_evaluates_in_workers_that_end_with_it(tmp_path, monkeypatch, caps
     assert not multiprocessing.active_children()
 
 
-def test_the_first_ten_successes_in_a_row_are_a_reason_to_evaluate():
-    """Once in a run, also over a resume; otherwise at fixed distances."""
+def test_ten_successes_in_a_row_are_a_reason_to_evaluate_sooner():
+    """After a quarter of `eval_every`, until all episodes of an evaluation have succeeded, also over a resume."""
     config = tiny_config(eval_every=100, steps=1000)
     new = functools.partial(Evaluator, config, SimpleNamespace(updates=1), FakeEnv, None, Stopwatch(), StopSignals())
     evaluator = new(None)
-    asked = [evaluator.due(step, solved) for step, solved in ((10, False), (20, True), (30, True), (40, False))]
-    assert asked == [False, True, False, False]
+    evaluator.evaluated, evaluator.best_success = 200, 0.9
+    for step, solved, due in ((224, True, False), (225, True, True), (225, False, False), (300, False, True)):
+        assert evaluator.due(step, solved) == due
+    evaluator.best_success = 1.0
     again = new(None)
     again.load_state_dict(evaluator.state_dict())
-    assert not again.due(50, True) and again.due(100, True) and again.due(1000)
+    assert not again.due(299, True) and again.due(300, True) and again.due(1000)
 
 
 def processes() -> set[int]:
