@@ -150,7 +150,7 @@ class Config:
     actor_entropy: Weight = 0.01  # weight of the entropy bonus in the first update; above 0 if it decays
     actor_entropy_final: Weight = 0.001  # value to which the weight of the entropy bonus decays exponentially
     entropy_updates: Whole = 3_000  # updates over which the entropy weight decays; 0: it stays at actor_entropy
-    actor_output_cost: Weight = 0.1  # cost on squared outputs before tanh, times the entropy weight; keeps tanh's slope
+    actor_output_cost: Weight = 1e-3  # weight of a cost on the squared outputs before tanh, which keeps tanh's gradient
     actor_lr: Positive = 8e-5  # learning rate of the actor
     actor_eps: Positive = 1e-5  # epsilon of the actor's Adam optimizer
     actor_clip: Positive = 100.0  # largest global norm of the actor's gradient
@@ -472,10 +472,10 @@ class Behavior(nn.Module):
         entropy = policy.entropy(draws)
         objective = self._objective(policy, imagined.action[1:-1], returns[1:], target_value[:-2])
         out = imagined.policy[0][:-1].float()  # before tanh
-        bonus = entropy
+        bonus = self.entropy_weight * entropy
         if c.actor_output_cost:  # where tanh is flat, only the width of the distribution would still learn
             bonus = bonus - c.actor_output_cost * out.square().sum(-1)
-        actor_loss = -(weight[:-2] * (objective + self.entropy_weight * bonus)).mean()
+        actor_loss = -(weight[:-2] * (objective + bonus)).mean()
         value = self.value(feat[:-1].detach())
         value_loss = -(weight[:-1] * value.log_prob(returns.detach())).mean()
         metrics = {

@@ -487,12 +487,8 @@ def test_both_is_a_mix():
 
 
 def test_outputs_before_tanh_cost_their_squares():
-    """The cost is weight * entropy weight * cost * squares, summed over A, of the policies that led somewhere.
-
-    The critic has none.
-    """
-    costs = 0.0, 2.5
-    plain, costly = (tiny_behavior(actor_grad="reinforce", actor_entropy=0.2, actor_output_cost=x) for x in costs)
+    """The cost is weight * cost * squares, summed over A, of the policies that led somewhere; the critic has none."""
+    plain, costly = (tiny_behavior(actor_grad="reinforce", actor_output_cost=cost) for cost in (0.0, 0.5))
     costly.load_state_dict(plain.state_dict())
     imagined = rollouts(plain)
     out = 3 * torch.randn_like(imagined.policy[0])
