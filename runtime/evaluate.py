@@ -44,7 +44,7 @@ EVAL_SEED = 1_000_000  # of the evaluation env; its episodes are the same in eve
 OWN_SEED = 2_000_000  # of `--eval`, whose episodes no evaluation of training has played
 EVAL_EPISODES = 20  # with --eval
 LAST_EVALUATION = 2  # times eval_episodes are evaluated at a run's end
-EARLY = 4  # times as often as else is evaluated when training episodes succeed and evaluations don't yet
+EARLY = 4  # evaluations in `eval_every` once training episodes succeed, until all episodes of one do
 TRIES, OTHER_SEED = 3, 1_000  # an episode that fails is played again that often, its seed moved by so much
 DREAM_STEPS = 45  # imagined in the video of the policy's dreams
 OPEN_LOOP_STEPS = (1, 5, 15, 45)  # imagined agent steps after which the open-loop error is logged
@@ -375,8 +375,8 @@ class Evaluator:
     def due(self, step: int, solved: bool = False) -> bool:
         """Whether an evaluation is due at this control step.
 
-        One is due after `eval_every` and at the end. `solved` says that ten training episodes in a row have succeeded:
-        then the first evaluation in which all episodes do is not to wait for so long.
+        One is due after `eval_every` and at the end. While the last ten training episodes have all succeeded (`solved`)
+        and no evaluation has had success in all of its episodes, a quarter of `eval_every` is enough.
         """
         if self.agent.updates == 0:
             return False
