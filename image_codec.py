@@ -2,7 +2,7 @@
 
 Both build themselves for square images of 64 px (the author's layers), 32 px (one layer less) or 128 px (one more) with
 any number of channels. Inside, convolutions run in the channels-last memory format, in which CPUs and GPUs are fastest.
-Shapes: the legend is in train.py. Images are in [-0.5, 0.5].
+Shapes: the legend is in train.py. For the networks, images are floats less a mean picture: `Encoder.preprocess`.
 """
 
 import torch
@@ -31,6 +31,8 @@ def check_image(size: int, channels: int) -> None:
 class Encoder(nn.Module):
     """image (..., C, H, W) -> embed (..., E): stride-2 convolutions without padding, doubling the channels."""
 
+    mean: Tensor  # (C, H, W), what is subtracted from pixels in [0, 1]: the author's 0.5 until `center`
+
     def __init__(self, size: int, channels: int, depth: int):
         super().__init__()
         check_image(size, channels)
@@ -40,11 +42,25 @@ class Encoder(nn.Module):
             nn.Conv2d(a, b, k, stride=2) for a, b, k in zip(widths[:-1], widths[1:], ENCODER_KERNELS[size], strict=True)
         )
         self.embed_size = widths[-1] * 2 * 2  # the last map is 2 x 2 for all sizes
+        middle = torch.full((1, *self.shape), 0.5).contiguous(memory_format=torch.channels_last)[0]
+        self.register_buffer("mean", middle)
         self.apply(init_weights)
         nn.utils.convert_conv2d_weight_memory_format(self, torch.channels_last)
 
+    def center(self, image: Tensor) -> None:
+        """From now on, subtract the mean picture of these uint8 images (T, B, C, H, W)."""
+        self.mean.copy_(image.float().mean((0, 1)) / 255)
+
+    def preprocess(self, image: Tensor) -> Tensor:
+        """uint8 images (..., C, H, W) -> float32, in [0, 1] less `mean`; the one place where pixels become floats.
+
+        Here they also take the channels-last order in memory, while a pixel is still a byte: no later step copies them.
+        """
+        flat = image.reshape(-1, *self.shape).contiguous(memory_format=torch.channels_last)
+        return flat.float().div_(255).sub_(self.mean).reshape(image.shape)
+
     def forward(self, image: Tensor) -> Tensor:
-        """(..., C, H, W) in [-0.5, 0.5] -> (..., E)."""
+        """Preprocessed images (..., C, H, W) -> (..., E)."""
         assert image.shape[-3:] == self.shape, (image.shape, self.shape)
         x = image.reshape(-1, *self.shape).contiguous(memory_format=torch.channels_last)
         for conv in self.conv:
@@ -54,7 +70,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """feat (..., F) -> Normal over images (..., C, H, W) with unit variance."""
+    """feat (..., F) -> Normal over preprocessed images (..., C, H, W) with unit variance."""
 
     def __init__(self, feat_size: int, size: int, channels: int, depth: int):
         super().__init__()
@@ -71,7 +87,7 @@ class Decoder(nn.Module):
         nn.utils.convert_conv2d_weight_memory_format(self, torch.channels_last)
 
     def forward(self, feat: Tensor) -> UnitNormal:
-        """(..., F) -> distribution over images (..., C, H, W) in [-0.5, 0.5]."""
+        """(..., F) -> distribution over preprocessed images (..., C, H, W)."""
         x = self.dense(feat.reshape(-1, feat.shape[-1]))[:, :, None, None]  # no activation here, as the author has it
         for conv in self.conv[:-1]:
             x = F.elu(conv(x), inplace=True)

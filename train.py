@@ -111,6 +111,7 @@ class Config:
     batch_length: Count = 50  # agent steps in a sequence
 
     # world model
+    center_images: Fixed[bool] = True  # subtract the first batch's mean picture from images; if false, 0.5
     cnn_depth: Size = 48  # channels of the encoder's first convolution; the number doubles in each later one
     deter: Size = 200  # size of the GRU state
     hidden: Size = 200  # units of the layers that lead into the GRU and to the prior and the posterior
@@ -246,6 +247,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "replay_focus": 0.0,
         "held_actions": 0.0,
         "greedy_episodes": 0.0,
+        "center_images": False,
         "discount_head": False,
         "grad_heads": ("decoder", "reward"),
         "reward_scale": 1.0,
@@ -331,7 +333,7 @@ class WorldModel(nn.Module):
     def loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, RSSMState, dict[str, Tensor]]:
         """Equation 2 on a batch (T, B, ...). Returns the loss (), the posteriors (T, B, ...) and metrics, () each."""
         c = self.config
-        image = preprocess(batch.image)
+        image = self.encoder.preprocess(batch.image)
         post, prior = self.rssm.observe(self.encoder(image), batch.action, batch.is_first, draws)
         feat = post.feat
         decoded, target = self._frames(feat, image, draws)
@@ -410,7 +412,8 @@ class WorldModel(nn.Module):
 
     def filter(self, batch: Batch, draws: Draws) -> RSSMState:
         """Posteriors (T, B, ...) of a batch."""
-        return self.rssm.observe(self.encoder(preprocess(batch.image)), batch.action, batch.is_first, draws)[0]
+        embed = self.encoder(self.encoder.preprocess(batch.image))
+        return self.rssm.observe(embed, batch.action, batch.is_first, draws)[0]
 
     @torch.no_grad()
     def predict(self, batch: Batch, draws: Draws, context: int = CONTEXT) -> Prediction:
@@ -427,7 +430,7 @@ class WorldModel(nn.Module):
 
     def decode(self, feat: Tensor) -> Prediction:
         """What the model expects in the states of these features (T, B, F)."""
-        return Prediction(self.decoder(feat).mean + 0.5, self.reward(feat).mean)
+        return Prediction(self.decoder(feat).mean + self.encoder.mean, self.reward(feat).mean)
 
     def _frames(self, feat: Tensor, image: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """The frames to decode: all of them, or a random part, which leaves the mean loss unbiased."""
@@ -565,7 +568,8 @@ class Policy(nn.Module):
         or mode instead of a sample.
         """
         state = self.initial(len(image)) if state is None else state
-        latent = self.rssm.obs_step(state.latent, self.encoder(preprocess(image)), state.action, is_first, draws)
+        embed = self.encoder(self.encoder.preprocess(image))
+        latent = self.rssm.obs_step(state.latent, embed, state.action, is_first, draws)
         dist = self.actor(latent.feat)
         action = getattr(dist, self.eval_action)
         if deterministic is not True:
@@ -701,6 +705,9 @@ class Dreamer:
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One update of everything on a batch (T, B, ...) on the agent's device. Returns detached scalars."""
+        if self.updates == 0 and self.config.center_images:
+            for encoder in self.world_model.encoder, self.averaged.encoder:
+                encoder.center(batch.image)
         self.behavior.set_entropy_weight(self.updates)
         post, metrics = self.model_gradients(batch)
         metrics = metrics | {"model/grad_norm": self.model_optimizer.step()}
@@ -873,15 +880,6 @@ def latents_used(stats: Tensor, categorical: bool) -> Tensor:
     entropy = torch.special.entr(probs).sum(-1).mean((0, 1))
     information = torch.special.entr(probs.mean((0, 1))).sum(-1) - entropy
     return (information > USED_NATS).float().mean()
-
-
-def preprocess(image: Tensor) -> Tensor:
-    """uint8 images (..., C, H, W) -> float32 in [-0.5, 0.5]; the one place where the networks' pixels become floats.
-
-    Here they also take the channels-last order in memory, while a pixel is still a byte: no later step copies them.
-    """
-    flat = image.reshape(-1, *image.shape[-3:]).contiguous(memory_format=torch.channels_last)
-    return flat.float().div_(255).sub_(0.5).reshape(image.shape)
 
 
 @torch.no_grad()

@@ -37,6 +37,17 @@ def test_no_channels_refused():
         Encoder(64, 0, 4)
 
 
+def test_preprocess():
+    """Pixels become floats from -0.5 to 0.5, or differences from a mean picture."""
+    encoder = Encoder(32, 1, 4)
+    image = torch.zeros(2, 5, 1, 32, 32, dtype=torch.uint8)
+    image[..., 3], image[..., 4] = 51, 255
+    assert encoder.preprocess(image)[1, 4, 0, 0, 2:5].tolist() == pytest.approx([-0.5, -0.3, 0.5])
+    image[0, ..., 3] = 153
+    encoder.center(image)
+    assert encoder.preprocess(image)[:, 4, 0, 0, 2:5].flatten().tolist() == pytest.approx([0, 0.2, 0, 0, -0.2, 0])
+
+
 def test_encoder_refuses_images_of_another_shape():
     """An image of another shape is refused, also where its number of pixels would fit."""
     with pytest.raises(AssertionError):

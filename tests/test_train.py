@@ -29,7 +29,6 @@ from train import (
     frozen,
     lambda_return,
     latents_used,
-    preprocess,
 )
 
 FEAT_SIZE = 8
@@ -129,10 +128,26 @@ def test_lambda_return_limits():
 # world model
 
 
-def test_preprocess_spans_half_to_half():
-    """Pixels become floats from -0.5 to 0.5."""
-    image = torch.tensor([0, 51, 255], dtype=torch.uint8).expand(2, 5, 1, 4, 3)
-    assert preprocess(image)[1, 4, 0, 3].tolist() == pytest.approx([-0.5, -0.3, 0.5])
+def test_first_update_centers_images():
+    """The first update takes the mean picture of its batch, for the averaged policy too; later ones keep it."""
+    dreamer = tiny_dreamer(tiny_config(center_images=True))
+    batch, other = (random_batch(dreamer.config, seed) for seed in (0, 1))
+    batch = batch._replace(image=batch.image // 8)
+    encoders = dreamer.world_model.encoder, dreamer.averaged.encoder
+    assert all((encoder.mean == 0.5).all() for encoder in encoders)
+    mean = batch.image.float().mean((0, 1)) / 255
+    for update in batch, other:
+        dreamer.train_step(update)
+        assert all(torch.equal(encoder.mean, mean) for encoder in encoders)
+    dark = dreamer.world_model.predict(batch, dreamer.draws).image
+    assert float(dark.mean()) == pytest.approx(float(mean.mean()), abs=0.05)  # pictures have the mean back
+
+
+def test_paper_subtracts_a_half():
+    """Without `center_images`, pixels are those of the author, from -0.5 to 0.5."""
+    dreamer = tiny_dreamer(tiny_config(center_images=False))
+    dreamer.train_step(random_batch(dreamer.config))
+    assert (dreamer.world_model.encoder.mean == 0.5).all() and (dreamer.averaged.encoder.mean == 0.5).all()
 
 
 def test_parameter_counts():
@@ -826,7 +841,7 @@ def test_acting_sees_what_training_sees():
         actions.append(action)
         deter.append(state.latent.deter)
     model = dreamer.world_model
-    embed = model.encoder(preprocess(image))
+    embed = model.encoder(model.encoder.preprocess(image))
     post, _ = model.rssm.observe(embed, torch.stack(actions[:-1]), is_first, seeded())
     assert torch.allclose(torch.stack(deter), post.deter, atol=1e-5)
 
