@@ -111,7 +111,7 @@ class Config:
     batch_length: Count = 50  # agent steps in a sequence
 
     # world model
-    whiten_images: Fixed[bool] = True  # images less the mean picture, with colors of like variance; if false, less 0.5
+    center_images: Fixed[bool] = True  # subtract the first batch's mean picture from images; if false, 0.5
     cnn_depth: Size = 48  # channels of the encoder's first convolution; the number doubles in each later one
     deter: Size = 200  # size of the GRU state
     hidden: Size = 200  # units of the layers that lead into the GRU and to the prior and the posterior
@@ -247,7 +247,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "replay_focus": 0.0,
         "held_actions": 0.0,
         "greedy_episodes": 0.0,
-        "whiten_images": False,
+        "center_images": False,
         "discount_head": False,
         "grad_heads": ("decoder", "reward"),
         "reward_scale": 1.0,
@@ -430,7 +430,7 @@ class WorldModel(nn.Module):
 
     def decode(self, feat: Tensor) -> Prediction:
         """What the model expects in the states of these features (T, B, F)."""
-        return Prediction(self.encoder.picture(self.decoder(feat).mean), self.reward(feat).mean)
+        return Prediction(self.decoder(feat).mean + self.encoder.mean, self.reward(feat).mean)
 
     def _frames(self, feat: Tensor, image: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """The frames to decode: all of them, or a random part, which leaves the mean loss unbiased."""
@@ -705,9 +705,9 @@ class Dreamer:
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One update of everything on a batch (T, B, ...) on the agent's device. Returns detached scalars."""
-        if self.updates == 0 and self.config.whiten_images:
+        if self.updates == 0 and self.config.center_images:
             for encoder in self.world_model.encoder, self.averaged.encoder:
-                encoder.whiten(batch.image)
+                encoder.center(batch.image)
         self.behavior.set_entropy_weight(self.updates)
         post, metrics = self.model_gradients(batch)
         metrics = metrics | {"model/grad_norm": self.model_optimizer.step()}
