@@ -19,8 +19,6 @@ TANH_SCALE = 5.0  # soft limit on the mean before tanh
 ENTROPY_SAMPLES = 100  # a squashed Gaussian has no closed entropy
 ATANH_LIMIT = 0.99999997
 
-TRUNC_NORMAL_GRADIENTS = ("straight_through", "exact")
-
 
 class ActionDistribution(abc.ABC):
     """A distribution over actions (..., A), built from the raw outputs (..., A) of the actor's `layers`."""
@@ -29,7 +27,7 @@ class ActionDistribution(abc.ABC):
 
     @classmethod
     def with_sample_gradient(cls, gradient: str) -> "type[ActionDistribution]":
-        """The class whose samples have this gradient, one of TRUNC_NORMAL_GRADIENTS, if it knows more than one."""
+        """The class whose samples have this `Config.trunc_normal_gradient`, if it knows more than one."""
         return cls
 
     @abc.abstractmethod
@@ -160,7 +158,7 @@ class Actor(nn.Module):
 
     Args:
         dist: name of the distribution in DISTRIBUTIONS.
-        sample_gradient: one of TRUNC_NORMAL_GRADIENTS; distributions with only one gradient ignore it.
+        sample_gradient: see `Config.trunc_normal_gradient`; distributions with only one gradient ignore it.
     """
 
     def __init__(self, *, feat_size: int, action_size: int, layers: int, units: int, dist: str, sample_gradient: str):

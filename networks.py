@@ -96,15 +96,12 @@ class UnitNormal:
         self.mean = mean.float()
         self.event_dims = event_dims
 
-    def squared_error(self, value: Tensor) -> Tensor:
-        """Sum over the event axes of (value - mean)^2: value (..., *event) -> (...)."""
-        error = F.mse_loss(self.mean, value, reduction="none")  # its backward is one pass over the images, not four
-        return error.sum(tuple(range(-self.event_dims, 0))) if self.event_dims else error
-
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of `value` (..., *event) -> (...)."""
         size = math.prod(self.mean.shape[self.mean.ndim - self.event_dims :])
-        return -0.5 * (self.squared_error(value) + size * LOG_2PI)
+        error = F.mse_loss(self.mean, value, reduction="none")  # its backward is one pass over the images, not four
+        error = error.sum(tuple(range(-self.event_dims, 0))) if self.event_dims else error
+        return -0.5 * (error + size * LOG_2PI)
 
 
 class Bernoulli:

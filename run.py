@@ -34,7 +34,7 @@ from runtime.device import (
     pick_precision,
 )
 from runtime.envs import EnvFailure, check_spaces, close_envs, make_envs
-from runtime.evaluate import Evaluator, MakeEnv, evaluate_policy, write_left_policy
+from runtime.evaluate import Evaluator, MakeEnv, check_complete, evaluate_policy, write_left_policy
 from runtime.logger import Logger, Meter, Stopwatch, pick_wandb_mode
 from runtime.report import write_report
 from train import Config, Dreamer
@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None, make_env: MakeEnv = make_robosuite_env) 
     with tolerant_output():
         try:
             command = cli.parse(sys.argv[1:] if argv is None else argv)
+            limit_threads()
             if command.eval is not None:
                 evaluate_policy(command.eval, command.given, make_env)
             elif command.report:
@@ -70,7 +71,6 @@ def train(config: Config, given: dict[str, Any], make_env: MakeEnv) -> None:
     """Start or continue the run of this configuration; `given` are the constants that were flags."""
     device = pick_device(config.device)
     keep_freed_memory()
-    limit_threads()
     load_triton()  # before the first picture is drawn
     with contextlib.ExitStack() as stack:
         folder = RunFolder(cli.run_dir(config))
@@ -83,6 +83,7 @@ def train(config: Config, given: dict[str, Any], make_env: MakeEnv) -> None:
             cli.check_same_run(folder.path, state["config"], config)
             if finished:
                 write_left_policy(folder.path, state["evaluator"])
+                check_complete(state["evaluator"]["incomplete"])
                 return
         parts = build(config, given, make_env, device, folder, state, stack)
         stack.enter_context(parts.stop)
@@ -140,7 +141,7 @@ def build(
     cli.preflight(config, given, folder.path, agent, envs, replay, wandb_mode)
     folder.claim(config)
     logger = Logger(folder.path, dataclasses.asdict(config), wandb_mode[0], state["logger"] if state else None)
-    stack.callback(logger.close)
+    stack.push(lambda error, *_: logger.close(failed=error is not None))
     bar = ProgressBar(config.steps, state["step"] if state else 0)
     stack.callback(bar.close)
     evaluator = Evaluator(config, agent, make_env, logger, watch, stop, bar)
@@ -172,7 +173,7 @@ def loop(p: Parts) -> None:
 
         # learn; beside a GPU, workers step meanwhile
         updates = p.ratio.due()
-        p.bar.show_learning(updates)
+        p.bar.show_learning(updates, first=p.agent.updates == 0)
         for _ in range(updates):
             with p.watch("update"):
                 batch = p.replay.sample(config.batch_size, config.batch_length).to(p.agent.device)
@@ -234,8 +235,7 @@ def finish(p: Parts) -> None:
         raise Failure(f"the last checkpoint or policy.pt of {p.logger.run_dir} was not written: see the warnings above")
     best = (evaluator.best, evaluator.best_success) if evaluator.best_step >= 0 else None
     cli.farewell(collector.step, collector.episode, p.agent.updates, best, p.logger)
-    if evaluator.incomplete:
-        raise Failure(f"{evaluator.incomplete} evaluation(s) were incomplete: see the warnings above")
+    check_complete(evaluator.incomplete)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ class Config:
     checkpoint_minutes: Weight = 10  # minutes, at least, between two checkpoints; the best evaluation has one too
     save_replay: bool = True  # keep finished episodes on disk; if false, a resumed run fills its replay anew
     log_every: Count = 500  # control steps, at least, between two lines of training metrics
-    eval_every: Count = 20_000  # control steps between evaluations; a quarter if training succeeds and they don't yet
+    eval_every: Count = 20_000  # control steps between evaluations; a quarter while only training succeeds
     eval_steps: Whole = 500  # control steps in an evaluation episode; 0: as many as in a training episode
     eval_action: Literal["mean", "mode"] = "mean"  # action of an evaluation: mean or mode of the policy's distribution
     eval_episodes: Count = 10  # episodes in an evaluation; a run's last has twice as many, --eval 20
@@ -281,6 +281,7 @@ REWARD_MOMENTUM = 0.01  # share of the newest batch in the running size of rewar
 RANGE_MOMENTUM = 0.01  # share of the newest update in the running range of returns
 LOW, HIGH = 0.05, 0.95  # quantiles of the returns, between which their range is taken
 LEAST_REWARD = 1e-3  # rewards are divided by at least this much: there may be none but zeros
+ALMOST_ONE = 0.999  # learned rewards are kept to it where tanh is undone: a prediction may lie beyond 1
 SATURATED = 0.95  # an action beyond it counts as saturated in the metrics
 USED_NATS, USED_VARIANCE = 0.01, 0.01  # above it, a latent tells something about the image (`latents_used`)
 
@@ -395,6 +396,12 @@ class WorldModel(nn.Module):
         """The environment's rewards (...) as the reward head learns them (...): divided by their size, if so asked."""
         reward = reward / self.reward_size()
         return reward.tanh() if self.config.reward_transform == "tanh" else reward
+
+    def true_reward(self, learned: Tensor) -> Tensor:
+        """The environment's rewards (...) that `learned_reward` would turn into these."""
+        if self.config.reward_transform == "tanh":
+            learned = learned.clamp(-ALMOST_ONE, ALMOST_ONE).atanh()
+        return learned * self.reward_size()
 
     def reward_size(self) -> Tensor:
         """What rewards are divided by, a scalar: the running standard deviation of an agent step's reward, or 1."""

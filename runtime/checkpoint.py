@@ -9,6 +9,7 @@ finished later belongs to no checkpoint, and a resume deletes it.
 import dataclasses
 import errno
 import hashlib
+import importlib.metadata
 import io
 import itertools
 import json
@@ -34,6 +35,7 @@ from runtime.logger import Logger
 from train import MAX_SKIPPED_IN_A_ROW, Config, Dreamer, Policy
 
 NAME = re.compile(r"(?:checkpoint|episode)_(\d+)_([0-9a-f]{16})\.(?:pt|npz)")
+SIMULATION = ("numpy", "mujoco", "robosuite")  # packages on whose releases an episode depends
 KEEP = 2  # newest checkpoints that stay on disk
 LOCK_NAME = "lock"
 OUTPUTS = ("metrics.jsonl", "policy.pt", "replay", "videos", "wandb", "report.html")  # of a run, beside checkpoints
@@ -357,7 +359,16 @@ def versions(device: torch.device, autocast_dtype: torch.dtype | None) -> dict[s
         "machine": platform.machine(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "products in": str(autocast_dtype or torch.float32).removeprefix("torch."),
+        "pictures by": os.environ.get("MUJOCO_GL", ""),
+        **{name: _release(name) for name in SIMULATION},
     }
+
+
+def _release(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def check_finite(agent: Dreamer, step: int) -> int:

@@ -10,7 +10,7 @@ import shlex
 import shutil
 import textwrap
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -58,8 +58,7 @@ class Command(typing.NamedTuple):
 def parse(argv: Sequence[str]) -> Command:
     """The configuration that flags, preset and Config give together, and what to do. UserError for wrong input."""
     check_fields(Config())  # the block in train.py may have been edited
-    words = [re.sub(r"(?<![^=])(true|false)$", lambda match: match[1].capitalize(), word) for word in argv]
-    words = [part for word in words for part in _list_parts(word)]
+    words = [part for word in _capitalize(argv) for part in _list_parts(word)]
     with tyro._errors.on_parse_error(_refuse):
         flags = tyro.cli(
             Flags,
@@ -79,12 +78,28 @@ def parse(argv: Sequence[str]) -> Command:
         raise UserError("--eval needs a run folder or a policy file")
     if "report" in named and not all(flags.report or [""]):
         raise UserError("--report needs one run folder or several")
+    if flags.report and (flags.eval or given):
+        name = "eval" if flags.eval else next(iter(given))
+        raise UserError(
+            f"{name} {_text(getattr(flags, name))} can't be chosen with --report, which takes only run folders"
+        )
     if flags.eval:
         check_fields(config)
         _check_given_with_eval(given)
     elif not flags.report:
         check_config(config)
     return Command(config, given, _path(flags.eval) if flags.eval else None, [_path(name) for name in flags.report])
+
+
+def _capitalize(argv: Sequence[str]) -> Iterator[str]:
+    """`--save_replay=false`, as a sweep writes it, in the form that tyro takes: `--save_replay=False`."""
+    before = ""
+    for word in argv:
+        flag, equals, value = word.rpartition("=")
+        hint = hints().get((flag or before).lstrip("-").replace("-", "_"))
+        is_switch = hint is not None and _type_and_marks(hint)[0] is bool and value in ("true", "false")
+        yield flag + equals + value.capitalize() if is_switch else word
+        before = word
 
 
 def _list_parts(word: str) -> list[str]:
@@ -121,7 +136,7 @@ def _refuse(event: Any) -> NoReturn:
 def _check_given_with_eval(given: dict[str, Any]) -> None:
     """Refuse flags that an evaluation would ignore (UserError)."""
     env, fixed = marked("env"), marked("fixed")
-    free = {*env, "device", "eval_episodes", "eval_steps", "eval_action"} - {*fixed, "episode_steps"}
+    free = {*env, "device", "num_envs", "eval_episodes", "eval_steps", "eval_action"} - {*fixed, "episode_steps"}
     for name, value in given.items():
         if name not in free and name not in fixed:
             raise UserError(f"{name} {_text(value)} can't be chosen with --eval; valid: {', '.join(sorted(free))}")
@@ -214,8 +229,9 @@ def check_config(config: Config) -> None:
             f"entropy_updates {c.entropy_updates} needs actor_entropy {c.actor_entropy} and actor_entropy_final "
             f"{c.actor_entropy_final} above 0: the weight goes from one to the other by equal factors"
         )
-    if c.eval_steps % c.action_repeat:
-        raise UserError(f"eval_steps {c.eval_steps} is not a multiple of action_repeat {c.action_repeat}")
+    for name in ("episode_steps", "eval_steps"):
+        if getattr(c, name) % c.action_repeat:
+            raise UserError(f"{name} {getattr(c, name)} is not a multiple of action_repeat {c.action_repeat}")
     # Reset rows, and the first remaining row of a half-overwritten episode, do not count as steps.
     ring = c.capacity // c.num_envs
     held = c.num_envs * (ring - math.ceil(ring / (c.episode_steps // c.action_repeat + 1)) - 1)

@@ -211,10 +211,9 @@ class ProgressBar:
         self.bar.set_description_str(phase, refresh=False)
         self.bar.set_postfix_str(note or self.episodes)
 
-    def show_learning(self, updates: int) -> None:
-        """So many updates follow: after the prefill, many at once."""
+    def show_learning(self, updates: int, first: bool) -> None:
+        """So many updates follow: many at once if they are a run's first."""
         if updates:
-            first = self.phase == "prefill"
             self.show("pretrain" if first else "train", f"{updates} updates" if first else "")
 
     def show_episodes(self, text: str) -> None:

@@ -14,6 +14,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+import fast
 from buffer import Batch, ReplayBuffer
 from networks import Draws
 from runtime.console import Failure, UserError
@@ -86,7 +87,8 @@ def keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 2**28)  # bytes; larger blocks, such as the replay's, are mapped one by one
+        # Bytes; larger blocks, such as the replay's, are mapped one by one. Older releases refuse more than 32 MiB.
+        mallopt(M_MMAP_THRESHOLD, 2**28) or mallopt(M_MMAP_THRESHOLD, 2**25)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # bytes free at the heap's end, above which they are given back
 
 
@@ -210,7 +212,10 @@ def compare_with_cpu(agent: Dreamer, batch: Batch) -> tuple[float, str]:
     """
     draws = RecordedDraws(torch.Generator().manual_seed(0))
     expected = gradients(_twin(agent, "cpu"), batch.to("cpu"), draws)
-    return gradient_deviation(gradients(_twin(agent, agent.device), batch, draws.replay()), expected)
+    twin = _twin(agent, agent.device)
+    if agent.device.type in CHECKED:
+        fast.speed_up(twin)  # what trains there is what is checked
+    return gradient_deviation(gradients(twin, batch, draws.replay()), expected)
 
 
 def _twin(agent: Dreamer, device: torch.device | str) -> Dreamer:

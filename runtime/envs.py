@@ -154,7 +154,7 @@ def describe_error(error: BaseException) -> str:
 
 def make_vector_env(builders: Sequence[Callable[[], gymnasium.Env]]) -> Envs:
     """Environments that step together: one lives in this process, several in spawned workers that end with it."""
-    makers = [functools.partial(_rebuilding, build) for build in builders]
+    makers = [functools.partial(_rebuilding, build, os.getpid()) for build in builders]
     if len(makers) == 1:
         return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.DISABLED)
     with _light_workers():
@@ -179,8 +179,8 @@ def _light_workers() -> Iterator[None]:
         main.__spec__, main.__file__ = spec, file
 
 
-def _rebuilding(build: Callable[[], gymnasium.Env]) -> RebuildingEnv:
-    if multiprocessing.parent_process() is not None:
+def _rebuilding(build: Callable[[], gymnasium.Env], trainer: int) -> RebuildingEnv:
+    if os.getpid() != trainer:  # a worker; the trainer itself may be another program's child
         for name in ("SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):  # reach workers too; the parent decides
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -266,6 +266,7 @@ def check_spaces(envs: Envs, task: str, cameras: int, image_size: int) -> tuple[
     image_shape = (3 * cameras, image_size, image_size)
     if images.dtype != np.uint8 or images.shape != image_shape:
         raise UserError(f"task {task}: its images {images.dtype} {images.shape} are not uint8 {image_shape}")
-    if not isinstance(actions, gymnasium.spaces.Box) or (actions.low != -1).any() or (actions.high != 1).any():
-        raise UserError(f"task {task}: its action space {actions} is not a Box in [-1, 1]")
-    return image_shape, actions.shape[0]
+    box = actions if isinstance(actions, gymnasium.spaces.Box) and len(actions.shape) == 1 else None
+    if box is None or (box.low != -1).any() or (box.high != 1).any():
+        raise UserError(f"task {task}: its action space {actions} is not a Box in [-1, 1] of one axis")
+    return image_shape, box.shape[0]

@@ -392,11 +392,12 @@ class Evaluator:
         with self.watch("eval"):
             played = self._play(wanted, film)
             summary = summarize(played) if played else {}
-            if played:
-                self._log(step, played, summary)
-            if len(played) == wanted:
+            complete = len(played) == wanted
+            if complete:
                 self._compare(step, played, summary)
-            else:
+            if played:
+                self._log(step, played, summary | {"eval/best": float(self.best_step == step)})
+            if not complete:
                 self.incomplete += 1
                 what = f"{wanted - len(played)} episode(s) failed {TRIES} times"
                 warn(f"the evaluation at step {step} is incomplete, so its policy can't be the best: {what}")
@@ -437,7 +438,6 @@ class Evaluator:
         self.largest = max(self.largest, *(float(row.reward) for episode in recordings for row in episode.rows))
         analysis = analyse(self.agent, recordings, draws, self.largest)
         self.logger.scalars(step, summary | analysis.metrics)
-        self.best_success = max(self.best_success, summary["eval/success_rate"])
         figures = {"best_success_rate": self.best_success, "last_success_rate": summary["eval/success_rate"]}
         self.logger.summary(figures)
         say(f"step {step}: {describe(summary)}")
@@ -450,6 +450,7 @@ class Evaluator:
     def _compare(self, step: int, played: Sequence[Episode], summary: dict[str, float]) -> None:
         """Keep the policy if this is the best evaluation."""
         # The last evaluation is longer; it competes with the others over their episodes.
+        self.best_success = max(self.best_success, summary["eval/success_rate"])
         mean = float(np.mean([episode.total for episode in played[: self.config.eval_episodes]]))
         if mean > self.best:
             self.best, self.best_step = mean, step
@@ -489,9 +490,12 @@ class Evaluator:
         if state["kind"] != self._kind():
             say("evaluations can't be compared with those before: the next one's policy is the best so far")
             self.best, self.best_step = -math.inf, -1
+            self.best_success = self.largest = 0.0
 
     def _kind(self) -> dict[str, Any]:
-        return eval_options(self.config) | {"eval_action": self.config.eval_action}
+        return eval_options(self.config) | {
+            name: getattr(self.config, name) for name in ("eval_action", "eval_episodes")
+        }
 
     def _film(self, step: int, episode: Episode, analysis: Analysis, draws: Draws) -> None:
         """The three videos: an episode, the model's open-loop prediction, and what the policy imagines."""
@@ -503,12 +507,18 @@ class Evaluator:
         self._video(step, "openloop", open_loop_video(truth, model, c.cameras, CONTEXT))
         dream = self.agent.dream(Batch(*(x[:CONTEXT] for x in windows)), DREAM_STEPS, draws)
         image = dream.image.float().cpu().numpy()
-        reward = dream.reward * self.agent.world_model.reward_size() / c.action_repeat  # of a control step
+        reward = self.agent.world_model.true_reward(dream.reward) / c.action_repeat  # of a control step
         self._video(step, "dream", dream_video(truth[:CONTEXT], image, reward.cpu().numpy(), c.cameras, c.horizon))
 
     def _video(self, step: int, name: str, frames: np.ndarray) -> None:
         self.stop.check()
         self.logger.video(step, name, frames, self.config.control_freq / self.config.action_repeat)
+
+
+def check_complete(incomplete: int) -> None:
+    """Failure if a run had incomplete evaluations."""
+    if incomplete:
+        raise Failure(f"{incomplete} evaluation(s) were incomplete: see the warnings about them")
 
 
 def write_left_policy(run_dir: Path, state: dict[str, Any]) -> None:

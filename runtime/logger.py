@@ -177,14 +177,14 @@ class Logger:
                 artifact.add_file(str(path))
                 self.wandb.log_artifact(artifact)
 
-    def close(self) -> None:
-        """Write what is left and end the W&B run."""
+    def close(self, failed: bool = False) -> None:
+        """Write what is left and end the W&B run, as a failed one if it did not come to its end."""
         self._write(b"")
         with contextlib.suppress(OSError):  # _write has said so
             self.file.close()
         if self.wandb:
             with self._mirroring():
-                self.wandb.finish()
+                self.wandb.finish(exit_code=int(failed))
 
     def state_dict(self) -> dict[str, Any]:
         """Where a run that goes on from here finds its metrics."""

@@ -94,17 +94,23 @@ class RunData:
         cards = [("control steps" + (f" of {total:,}" if total else ""), f"{self.lines[-1]['env_step']:,}")]
         returns, success = self.series("eval/return_mean")[1], self.series("eval/success_rate")[1]
         if len(returns):
-            cards += [("evaluation return, last", f"{returns[-1]:.1f}"), ("best", f"{returns.max():.1f}")]
+            cards.append(("evaluation return, last", f"{returns[-1]:.1f}"))
+        if best := self.best_evaluation():
+            cards.append(("of the policy that was kept", f"{best['eval/return_mean']:.1f}"))
         if len(success):
             cards += [("success rate, last", f"{success[-1]:.0%}"), ("best", f"{success.max():.0%}")]
         cards.append(("training episodes", f"{len(self.series('episode/return')[0])}"))
         latest = {name: value for line in self.lines for name, value in line.items()}
         return cards + [(label, text) for label, form in CARDS.items() if (text := _fill(form, latest))]
 
+    def best_evaluation(self) -> dict[str, float] | None:
+        """The line of the evaluation whose policy was kept, if there was one."""
+        return next((line for line in reversed(self.lines) if line.get("eval/best")), None)
+
     def evaluations(self) -> list[tuple[bool, list[str]]]:
-        """The rows of the table of evaluations, each with whether its return is the best."""
+        """The rows of the table of evaluations, each with whether its policy was kept."""
         lines = [line for line in self.lines if "eval/return_mean" in line]
-        best = max(lines, key=lambda line: line["eval/return_mean"], default=None)
+        best = self.best_evaluation()
         return [(line is best, [_fill(form, line) or "–" for form in COLUMNS.values()]) for line in lines]
 
     def films(self) -> Iterator[dict[str, Any]]:

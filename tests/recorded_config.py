@@ -1,6 +1,6 @@
 """The settings of a recorded case as a `Config`; what the project can't do is refused by name."""
 
-from actor import DISTRIBUTIONS, TRUNC_NORMAL_GRADIENTS
+from actor import DISTRIBUTIONS
 from image_codec import DECODER_KERNELS, ENCODER_KERNELS
 from onehot import OneHot
 from recording import Recording, refuse
@@ -76,7 +76,7 @@ RESOLVED_SETTINGS = {"actor.dist": "actor_dist", "actor_grad": "actor_grad"}
 
 CHOICES = {
     "reward_transform": ("none", "tanh"),
-    "trunc_normal_gradient": TRUNC_NORMAL_GRADIENTS,
+    "trunc_normal_gradient": ("straight_through", "exact"),
     "actor_dist": tuple(DISTRIBUTIONS),
     "actor_grad": ("dynamics", "reinforce", "both"),
 }

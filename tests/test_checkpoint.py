@@ -363,6 +363,9 @@ def test_what_makes_a_resumed_run_another_is_said(tmp_path, capsys):
     line = capsys.readouterr().out
     assert line.startswith("warning: this will not be bit for bit the run that was saved: torch 1.0 -> ")
     assert f"threads 64 -> {torch.get_num_threads()}" in line
+    assert {"mujoco", "robosuite", "numpy", "pictures by"} <= saver.versions.keys() and "none" not in str(
+        saver.versions
+    )
 
 
 def through_a_file(state: dict) -> dict:

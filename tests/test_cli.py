@@ -130,6 +130,14 @@ def test_a_flag_is_written_in_several_ways(words, given):
     assert all(getattr(command.config, name) == value for name, value in given.items())
 
 
+def test_only_switches_turn_true_into_a_bool():
+    """As a sweep writes it, with `=` or without; a folder may have that name, and a name may end in it."""
+    for words in (["--save_replay=false", "--run_dir=true"], ["--save-replay", "false", "--run_dir", "true"]):
+        config = cli.parse(words).config
+        assert config.save_replay is False and config.run_dir == "true"
+    assert cli.parse(["--run_dir", "a=true"]).config.run_dir == "a=true"
+
+
 @pytest.mark.parametrize(
     ("flag", "near"),
     [
@@ -273,6 +281,9 @@ def test_an_edited_constant_of_the_wrong_type_is_refused(change):
         ("--image_size 37", ["image_size", "37", "32, 64, 128"]),
         ("--horizon 0", ["horizon", "0"]),
         ("--eval_steps 15 --action_repeat 2", ["eval_steps", "15", "multiple", "action_repeat 2"]),
+        ("--episode_steps 15 --action_repeat 2", ["episode_steps", "15", "multiple", "action_repeat 2"]),
+        ("--eval a --report b", ["eval", "a", "--report"]),
+        ("--report a --steps 5", ["steps", "5", "--report"]),
         ("--discount abc", ["discount", "abc", "a number"]),
         ("--seed abc", ["seed", "abc", "a whole number"]),
         ("--preset large", ["preset", "large", "standard, cpu, debug, paper"]),

@@ -257,6 +257,23 @@ def test_signals_that_reach_workers_are_the_parents_to_judge():
     assert not multiprocessing.active_children()
 
 
+def build_one_and_tell(connection):
+    """In a child process: whether an environment of its own leaves signals to it."""
+    vector = make_envs(OPTIONS, 1, 0, FakeEnv)
+    connection.send(signal.getsignal(signal.SIGINT) is not signal.SIG_IGN)
+    vector.close()
+
+
+def test_a_trainer_that_is_a_child_process_hears_signals():
+    """A script may start its runs as processes; only workers leave signals to their parent."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    child = context.Process(target=build_one_and_tell, args=(theirs,))
+    child.start()
+    assert ours.poll(60) and ours.recv()
+    child.join()
+
+
 class Slow(FakeEnv):
     """The second of several environments never answers a step."""
 
@@ -313,6 +330,8 @@ def test_spaces_that_the_agent_can_use_give_its_sizes():
         ((0, 1, (3, 16, 16), np.float32), (-1, 1), "its images float32 (3, 16, 16) are not uint8 (3, 16, 16)"),
         ((0, 255, (16, 16, 3), np.uint8), (-1, 1), "its images uint8 (16, 16, 3) are not uint8 (3, 16, 16)"),
         ((0, 255, (3, 16, 16), np.uint8), (-2, 1), "its action space Box(-2.0, 1.0, (4,), float32) is not a Box"),
+        ((0, 255, (3, 16, 16), np.uint8), (-1, 1, ()), "its action space Box(-1.0, 1.0, (), float32) is not a Box"),
+        ((0, 255, (3, 16, 16), np.uint8), (-1, 1, (2, 3)), "(2, 3), float32) is not a Box in [-1, 1] of one axis"),
         ((0, 255, (3, 16, 16), np.uint8), None, "its action space Discrete(3) is not a Box in [-1, 1]"),
     ],
 )
@@ -325,7 +344,10 @@ def test_spaces_that_the_agent_cannot_use_are_refused(images, actions, words):
             low, high, shape, dtype = images
             self.observation_space = gymnasium.spaces.Box(low, high, shape, dtype)
             box = gymnasium.spaces.Box
-            self.action_space = box(*actions, (4,), np.float32) if actions else gymnasium.spaces.Discrete(3)
+            low, high, *shape = actions or (0, 0)
+            self.action_space = (
+                box(low, high, *shape or [(4,)], np.float32) if actions else gymnasium.spaces.Discrete(3)
+            )
 
     vector = make_envs(OPTIONS, 1, 0, Other)
     with pytest.raises(UserError) as error:

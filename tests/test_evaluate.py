@@ -179,9 +179,12 @@ def test_evaluations_of_another_kind_do_not_compete_with_earlier_ones(tmp_path, 
     assert train(tmp_path / "run", "--eval_steps 20 --steps 200") == 0
     assert "can't be compared" in capsys.readouterr().out
     evaluator = newest(tmp_path / "run")["evaluator"]
+    assert evaluator["best_success"] < 1 and evaluator["largest"] > 0
     assert evaluations and (evaluator["best"], evaluator["best_step"]) == pytest.approx(max(evaluations), rel=1e-4)
     assert train(tmp_path / "run", "--eval_steps 20 --steps 240") == 0
     assert "can't be compared" not in capsys.readouterr().out
+    assert train(tmp_path / "run", "--eval_steps 20 --eval_episodes 3 --steps 280") == 0
+    assert "can't be compared" in capsys.readouterr().out
 
 
 def test_an_env_that_cannot_render_trains_without_films(tmp_path, capsys):
@@ -401,7 +404,7 @@ def test_a_killed_worker_costs_its_evaluation_and_nothing_else(tmp_path, capfd):
         r"^warning: the evaluation failed: an environment's process has ended; exit.*-9", out, re.MULTILINE
     )
     assert out.count("is incomplete") == 1 and "done: 120 steps" in out
-    assert error == "error: 1 evaluation(s) were incomplete: see the warnings above\n"
+    assert error == "error: 1 evaluation(s) were incomplete: see the warnings about them\n"
     assert newest(tmp_path / "run")["step"] == 120 and (tmp_path / "run/policy.pt").exists()
     assert evaluations(tmp_path / "run")[-1]["eval/episodes"] == 4
     assert not multiprocessing.active_children()
@@ -500,7 +503,7 @@ def test_a_broken_evaluation_is_no_evaluation(make_env, why, tmp_path, capsys):
     out, error = capsys.readouterr()
     assert why in out and out.count("is incomplete") == 3 and "evaluation return" not in out
     assert "done: 100 steps" in out
-    assert error == "error: 3 evaluation(s) were incomplete: see the warnings above\n"
+    assert error == "error: 3 evaluation(s) were incomplete: see the warnings about them\n"
     assert not evaluations(tmp_path / "run") and not (tmp_path / "run/policy.pt").exists()
     state = newest(tmp_path / "run")
     assert state["step"] == 100 and state["best_step"] == -1 and state["agent"]["updates"] > 10
@@ -550,8 +553,26 @@ def test_an_incomplete_evaluation_is_logged_but_does_not_compete(tmp_path, capsy
     lines = evaluations(tmp_path / "run")
     assert [line["eval/episodes"] for line in lines] == [2, 1, 3]
     assert lines[2]["eval/return_mean"] > lines[1]["eval/return_mean"] - 1 > lines[0]["eval/return_mean"]
+    assert [line["eval/best"] for line in lines] == [1, 0, 0]
     saved = torch.load(tmp_path / "run/policy.pt", weights_only=True)
     assert saved["env_step"] == lines[0]["env_step"] == newest(tmp_path / "run")["best_step"]
+
+
+def test_an_incomplete_evaluation_has_no_best_success(tmp_path):
+    """Its one episode that could be played may have been lucky; evaluations go on coming early."""
+    evaluator = Evaluator(tiny_config(), None, FakeEnv, None, Stopwatch(), StopSignals(), SimpleNamespace())
+    evaluator._play = lambda episodes, film: [SimpleNamespace(total=9.0)] * (episodes - 1)
+    evaluator._log = lambda step, played, summary: None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "summarize", lambda played: {"eval/success_rate": 1.0})
+        evaluator.bar.show = lambda phase: None
+        evaluator.evaluate(10)
+        assert (evaluator.best_success, evaluator.best_step, evaluator.incomplete) == (0.0, -1, 1)
+        evaluator._play = lambda episodes, film: [SimpleNamespace(total=9.0)] * episodes
+        patch.setattr(evaluate, "policy_file", lambda *_, **__: b"")
+        evaluator.agent = SimpleNamespace(averaged=None)
+        evaluator.evaluate(20)
+        assert (evaluator.best_success, evaluator.best_step, evaluator.incomplete) == (1.0, 20, 1)
 
 
 def test_a_resumed_run_remembers_that_an_evaluation_was_incomplete(tmp_path, capsys):
@@ -563,7 +584,8 @@ def test_a_resumed_run_remembers_that_an_evaluation_was_incomplete(tmp_path, cap
 
     assert train(tmp_path / "run", "--eval_every 60", Once) == 1
     assert train(tmp_path / "run", "--steps 140 --eval_every 60") == 1
-    assert "1 evaluation(s) were incomplete" in capsys.readouterr().err
+    assert train(tmp_path / "run", "--steps 140 --eval_every 60") == 1  # which is finished
+    assert capsys.readouterr().err.count("1 evaluation(s) were incomplete") == 3
     assert (tmp_path / "run/policy.pt").exists()
 
 

@@ -189,12 +189,15 @@ def test_wandb_goes_on_with_the_run_it_was_given(mode, tmp_path):
 def test_every_line_is_a_step_of_wandb(tmp_path):
     """Videos too; the count is part of the state."""
     log = Logger(tmp_path, CONFIG, "disabled", SAVED)
-    logged = []
-    log.wandb = SimpleNamespace(log=lambda line, step: logged.append((step, line)), finish=lambda: None)
+    logged, ended = [], []
+    log.wandb = SimpleNamespace(
+        log=lambda line, step: logged.append((step, line)), finish=lambda exit_code: ended.append(exit_code)
+    )
     log.scalars(20, {"a": 1, "b": math.inf})
     log.scalars(20, {"a": 2})
     log.video(40, "eval", noise(), 10)
-    log.close()
+    log.close(failed=True)
+    assert ended == [1]  # or W&B calls a run finished that did not come to its end
     assert [(step, line["env_step"]) for step, line in logged] == [(7, 20), (8, 20), (9, 40)]
     assert logged[0][1] == {"env_step": 20, "a": 1} and "video/eval" in logged[2][1]
     assert log.state_dict()["wandb_step"] == 10

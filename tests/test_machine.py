@@ -1,7 +1,9 @@
 """The machine that a run is on: devices and precision that exist, memory and processors of its container or job."""
 
+import ctypes
 import mmap
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,9 +12,19 @@ import psutil
 import pytest
 import torch
 
+import run
 from runtime import device
 from runtime.console import UserError
-from runtime.device import free_memory, limit_threads, make_replay, pick_device, pick_precision
+from runtime.device import (
+    M_MMAP_THRESHOLD,
+    M_TRIM_THRESHOLD,
+    free_memory,
+    keep_freed_memory,
+    limit_threads,
+    make_replay,
+    pick_device,
+    pick_precision,
+)
 from tiny import tiny_config
 
 GB = 10**9
@@ -219,3 +231,25 @@ def threads_after(root: Path, monkeypatch, affinity: int = 8, keep: bool = False
     monkeypatch.setattr(torch, "set_num_threads", lambda number: threads.__setitem__(0, number))
     limit_threads(root)
     return threads[0]
+
+
+def test_evaluations_have_no_more_threads_than_training(monkeypatch, capsys):
+    """`--eval` in a container asks for its processors too."""
+    asked = []
+    monkeypatch.setattr(run, "limit_threads", lambda: asked.append(True))
+    assert run.main(["--eval", "/no/such/run"]) == 2 and asked == [True]
+    assert "no such run" in capsys.readouterr().err
+
+
+def test_memory_is_kept_as_far_as_the_c_library_allows(monkeypatch):
+    """Older ones refuse a threshold above 32 MiB, and then would keep less than without any setting."""
+    told = []
+
+    def mallopt(name, value):
+        told.append((name, value))
+        return int(name != M_MMAP_THRESHOLD or value <= 2**25)
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
+    monkeypatch.setattr(sys, "platform", "linux")
+    keep_freed_memory()
+    assert told == [(M_MMAP_THRESHOLD, 2**28), (M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**31 - 1)]

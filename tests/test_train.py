@@ -242,6 +242,16 @@ def test_reward_transform():
     assert model.reward.out.bias.grad.abs().item() < 1e-6
 
 
+@pytest.mark.parametrize("transform", ["none", "tanh"])
+def test_what_the_model_learns_can_be_told_in_the_environments_rewards(transform):
+    """Also where a prediction lies beyond what tanh can give."""
+    model = tiny_dreamer(tiny_config(reward_transform=transform, reward_norm=True)).world_model
+    model.loss(random_batch(model.config), seeded())
+    reward = torch.tensor([-1.5, 0.0, 0.3, 2.0])
+    assert torch.allclose(model.true_reward(model.learned_reward(reward)), reward, atol=1e-4)
+    assert model.true_reward(torch.tensor(1.1)).isfinite()
+
+
 def test_time_limits_keep_the_discount():
     """The discount head learns gamma wherever the task did not end, so also at a time limit, and 0 where it did."""
     config = tiny_config(discount=0.9)
