@@ -117,7 +117,7 @@ def read_curve(run_dir: Path, config: Config, run: str) -> tuple[list[dict[str, 
                 "eval_action": config.eval_action,
             }
             curve.append(point)
-    return curve, max(round(hours, 3), *(point["hours"] for point in curve), 0.0)
+    return curve, round(hours, 3)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
     python results/plot.py
 
-lift.png, door.png            `run.py --preset cpu` on a task: each run, their median, SAC and Lift's scripted expert
+lift.png, door.png, stack.png `run.py --preset cpu` on a task: each run, their median, SAC and Lift's scripted expert
 experiments/experiments.png   the runs with other constants, or on an easier task
 """
 
@@ -96,8 +96,10 @@ def draw_claim(task: str) -> None:
             if run in stopped:
                 axis.plot(x[-1], shares[-1], color=BLUE, marker="x", linestyle="none")
     steps, medians = median_curve(curves)
-    by_steps.plot([], [], color=BLUE, alpha=0.5, linewidth=1, label=f"each of {len(curves)} runs (x: stopped early)")
-    by_steps.plot([step / 1000 for step in steps], medians, color=BLUE, linewidth=3, label="their median")
+    runs = f"each of {len(curves)} runs" if len(curves) > 1 else "one run"
+    by_steps.plot([], [], color=BLUE, alpha=0.5, linewidth=1, label=f"{runs} (x: stopped early)")
+    if medians:
+        by_steps.plot([step / 1000 for step in steps], medians, color=BLUE, linewidth=3, label="their median")
     last = max(point["env_step"] for points in curves.values() for point in points)
     draw_sac(by_steps, task, last)
     for axis in (by_steps, by_hours) if task in EXPERT else ():
