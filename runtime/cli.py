@@ -5,7 +5,6 @@ import difflib
 import functools
 import math
 import os
-import re
 import shlex
 import shutil
 import textwrap
@@ -68,7 +67,7 @@ def parse(argv: Sequence[str]) -> Command:
             config=(tyro.conf.FlagConversionOff,),
             use_underscores=True,
         )
-    named = {re.split("=", word)[0].lstrip("-").replace("-", "_") for word in words if word.startswith("--")}
+    named = {_field(word) for word in words if word.startswith("--")}
     given = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Config) if field.name in named}
     preset = flags.preset
     if preset == "auto":
@@ -91,12 +90,17 @@ def parse(argv: Sequence[str]) -> Command:
     return Command(config, given, _path(flags.eval) if flags.eval else None, [_path(name) for name in flags.report])
 
 
+def _field(word: str) -> str:
+    """The field that a flag names: `save_replay` of `--save-replay=False`."""
+    return word.split("=")[0].lstrip("-").replace("-", "_")
+
+
 def _capitalize(argv: Sequence[str]) -> Iterator[str]:
     """`--save_replay=false`, as a sweep writes it, in the form that tyro takes: `--save_replay=False`."""
     before = ""
     for word in argv:
         flag, equals, value = word.rpartition("=")
-        hint = hints().get((flag or before).lstrip("-").replace("-", "_"))
+        hint = hints().get(_field(flag or before))
         is_switch = hint is not None and _type_and_marks(hint)[0] is bool and value in ("true", "false")
         yield flag + equals + value.capitalize() if is_switch else word
         before = word
@@ -105,7 +109,7 @@ def _capitalize(argv: Sequence[str]) -> Iterator[str]:
 def _list_parts(word: str) -> list[str]:
     """`--cameras=a,b`, as a sweep writes a list, in the form that tyro takes: `--cameras a b`."""
     flag, equals, values = word.partition("=")
-    is_list = isinstance(getattr(Config, flag.lstrip("-").replace("-", "_"), None), tuple)
+    is_list = isinstance(getattr(Config, _field(flag), None), tuple)
     return [flag, *values.split(",")] if flag.startswith("--") and equals and is_list else [word]
 
 
@@ -120,7 +124,7 @@ def _refuse(event: Any) -> NoReturn:
     if isinstance(event, errors.UnrecognizedArgs):
         flag = event.tokens[0].split("=")[0]
         names = [f"--{field.name}" for field in dataclasses.fields(Flags)] if flag.startswith("-") else []
-        near = difflib.get_close_matches("--" + flag.lstrip("-").replace("-", "_"), names, 1)
+        near = difflib.get_close_matches("--" + _field(flag), names, 1)
         raise UserError(f"unknown flag {flag}: " + (f"did you mean {near[0]}?" if near else "see python run.py --help"))
     argument = getattr(event, "argument", None)
     name = argument.lowered.name_or_flags[0].lstrip("-") if argument is not None else ""

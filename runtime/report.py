@@ -96,7 +96,7 @@ class RunData:
         if len(returns):
             cards.append(("evaluation return, last", f"{returns[-1]:.1f}"))
         if best := self.best_evaluation():
-            cards.append(("of the policy that was kept", f"{best['eval/return_mean']:.1f}"))
+            cards.append(("evaluation return, policy kept", f"{best['eval/return_mean']:.1f}"))
         if len(success):
             cards += [("success rate, last", f"{success[-1]:.0%}"), ("best", f"{success.max():.0%}")]
         cards.append(("training episodes", f"{len(self.series('episode/return')[0])}"))

@@ -558,7 +558,7 @@ def test_an_incomplete_evaluation_is_logged_but_does_not_compete(tmp_path, capsy
     assert saved["env_step"] == lines[0]["env_step"] == newest(tmp_path / "run")["best_step"]
 
 
-def test_an_incomplete_evaluation_has_no_best_success(tmp_path):
+def test_an_incomplete_evaluation_has_no_best_success():
     """Its one episode that could be played may have been lucky; evaluations go on coming early."""
     evaluator = Evaluator(tiny_config(), None, FakeEnv, None, Stopwatch(), StopSignals(), SimpleNamespace())
     evaluator._play = lambda episodes, film: [SimpleNamespace(total=9.0)] * (episodes - 1)
