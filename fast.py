@@ -78,6 +78,7 @@ class OneHotLinear(Overlay):
     """
 
     MAX_CLASSES = 255  # bfloat16 counts no further
+    FEW = 10_000  # rows times classes, below which the product takes less time
 
     def __init__(self, plain: nn.Module, groups: int, classes: int):
         super().__init__(plain)
@@ -85,6 +86,8 @@ class OneHotLinear(Overlay):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, inputs) -> (N, units)."""
+        if len(x) * self.classes < self.FEW:
+            return F.linear(x, self.weight, self.bias)
         return _OneHotProduct.apply(*map(low_precision, (x, self.weight, self.bias)), self.groups, self.classes)
 
 

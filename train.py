@@ -883,9 +883,9 @@ def latents_used(stats: Tensor, categorical: bool) -> Tensor:
     """
     if not categorical:
         return (stats[..., 0].var((0, 1), correction=0) > USED_VARIANCE).float().mean()
-    probs = stats.softmax(-1)
-    entropy = torch.special.entr(probs).sum(-1).mean((0, 1))
-    information = torch.special.entr(probs.mean((0, 1))).sum(-1) - entropy
+    logp = stats.log_softmax(-1)
+    probs = logp.exp()
+    information = torch.special.entr(probs.mean((0, 1))).sum(-1) + (probs * logp).sum(-1).mean((0, 1))
     return (information > USED_NATS).float().mean()
 
 

@@ -54,8 +54,10 @@ def assert_equal(
 
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
 @pytest.mark.parametrize("groups, classes, rest", [(4, 5, 7), (4, 5, 0), (3, OneHotLinear.MAX_CLASSES, 7)])
-def test_a_one_hot_layer_is_an_ordinary_layer(groups, classes, rest, dtype, tolerance):
+@pytest.mark.parametrize("few", [0, OneHotLinear.FEW])
+def test_a_one_hot_layer_is_an_ordinary_layer(groups, classes, rest, dtype, tolerance, few, monkeypatch):
     """Looked up instead of multiplied, one-hot groups give the same outputs and gradients; so do groups of zeros."""
+    monkeypatch.setattr(OneHotLinear, "FEW", few)
     torch.manual_seed(0)
     onehot = F.one_hot(torch.randint(classes, (40, groups)), classes).float()
     onehot[0], onehot[1, -1] = 0, 0
@@ -64,8 +66,9 @@ def test_a_one_hot_layer_is_an_ordinary_layer(groups, classes, rest, dtype, tole
     assert_equal(lambda plain: OneHotLinear(plain, groups, classes), plain, x, dtype, tolerance)
 
 
-def test_a_one_hot_layer_takes_samples_that_are_rounded():
+def test_a_one_hot_layer_takes_samples_that_are_rounded(monkeypatch):
     """A straight-through sample may be a one that misses 1 by a rounding: it still means its class."""
+    monkeypatch.setattr(OneHotLinear, "FEW", 0)
     layer = OneHotLinear(nn.Linear(15, 6), 3, 5)
     x = F.one_hot(torch.arange(12).view(4, 3) % 5, 5).float().flatten(1)
     assert torch.allclose(layer(x * (1 - 2**-23)), layer(x), atol=1e-6)
