@@ -14,6 +14,7 @@ import torch
 
 import run
 from fake_env import FakeEnv
+from faults import without_videos
 from faulty_env import KilledWorker, UnevenEpisodes
 from runtime import checkpoint, evaluate
 from runtime.collect import EpisodeStats
@@ -38,6 +39,11 @@ from runtime.logger import Stopwatch
 from test_run import metrics, newest, train
 from tiny import ACTION_SIZE, image_shape, seeded, tiny_config, tiny_dreamer
 from train import PRESETS, Config, Dreamer, Prediction
+
+
+@pytest.fixture(autouse=True)
+def no_videos(monkeypatch):
+    without_videos(monkeypatch)
 
 
 def recording(steps: int, seed: int = 0, terminal: bool = False, channels: int = 3, rewards=None) -> Episode:
@@ -187,8 +193,9 @@ def test_evaluations_of_another_kind_do_not_compete_with_earlier_ones(tmp_path, 
     assert "can't be compared" in capsys.readouterr().out
 
 
-def test_an_env_that_cannot_render_trains_without_films(tmp_path, capsys):
+def test_an_env_that_cannot_render_trains_without_films(tmp_path, monkeypatch, capsys):
     """Pictures are not needed for learning: a warning, and no video."""
+    monkeypatch.undo()  # of `no_videos`
 
     class Unseen(FakeEnv):
         def render(self):
@@ -365,6 +372,7 @@ FOUR_WORKERS = "--num_envs 2 --prefill 40 --eval_episodes 2 --steps 120"
 
 def test_a_run_evaluates_in_workers_that_end_with_it(tmp_path, monkeypatch, capsys):
     """The same two for all its evaluations, beside those that train; all are gone at its end."""
+    monkeypatch.undo()  # of `no_videos`
     workers = []
     monkeypatch.setattr(evaluate, "analyse", lambda *args: workers.append(processes()) or analyse(*args))
     assert train(tmp_path / "run", FOUR_WORKERS) == 0
