@@ -74,6 +74,11 @@ def no_videos(monkeypatch):
     faults.without_videos(monkeypatch)
 
 
+def slow(*cases: tuple) -> list:
+    """Cases that repeat what others show in another combination."""
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
 def scratch(path: Path, to: Path) -> Path:
     """A copy of a run folder to be spoilt."""
     return Path(shutil.copytree(path, to))
@@ -320,7 +325,12 @@ class CountingEnv(NoisyEnv):
 
 PLACES = ("update", "episode", "evaluation", "analysis", "video", "save")
 OTHERS = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
-STOPS = [*((place, signal.SIGTERM) for place in PLACES), *(("update", number) for number in OTHERS)]
+STOPS = [
+    *((place, signal.SIGTERM) for place in PLACES),
+    *(("update", number) for number in OTHERS),
+    *slow(*itertools.product(("episode", "evaluation", "save"), (signal.SIGINT,))),
+    *slow(*itertools.product(("analysis", "video"), (signal.SIGUSR1,))),
+]
 
 
 @pytest.mark.parametrize(("place", "number"), STOPS, ids=lambda x: getattr(x, "name", x))
@@ -487,7 +497,7 @@ def test_an_environment_may_change_the_working_directory(tmp_path, monkeypatch):
         assert newest(tmp_path / "run")["step"] == steps
 
 
-@pytest.mark.parametrize("kind", [np.random.MT19937, np.random.SFC64])
+@pytest.mark.parametrize("kind", [np.random.MT19937, np.random.SFC64, *slow((np.random.Philox,))])
 def test_an_environment_may_draw_from_another_kind_of_generator(kind, tmp_path):
     """Its run resumes exactly, and draws anew after an end through faults."""
 
@@ -1194,7 +1204,7 @@ def episodes_in_memory(run_dir: Path, flags: str) -> list[list[tuple[int, int]]]
 
 
 @pytest.mark.parametrize("capacity", [1000, 3 * 12 * 21], ids=["roomy", "tight"])
-@pytest.mark.parametrize(("before", "after"), [(1, 12), (4, 1), (2, 3)])
+@pytest.mark.parametrize(("before", "after"), [(1, 12), (4, 1), (2, 3), *slow((1, 2), (1, 4), (4, 2))])
 def test_another_number_of_envs_keeps_the_replay(before, after, capacity, tmp_path, monkeypatch, capsys):
     """All finished episodes that fit, the newest ones, in each ring the newest last; what does not fit is said."""
     without_workers(monkeypatch)
