@@ -13,7 +13,7 @@ LOG_2PI = math.log(2 * math.pi)
 
 
 class Draws:
-    """Every random draw of acting and training goes through here, so that it can be seeded apart or replayed.
+    """Every random draw of the networks goes through here, so that it can be seeded apart or replayed.
 
     Evaluation passes its own generator and thereby leaves the training stream untouched; the parity tests pass a
     subclass that hands out recorded draws. No draw carries a gradient: whoever draws attaches it.

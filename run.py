@@ -1,4 +1,4 @@
-"""Train DreamerV2 on RoboSuite, evaluate what it learnt, or draw its curves: see `python run.py --help`.
+"""Train DreamerV2 on RoboSuite, evaluate what it learned, or draw its curves: see `python run.py --help`.
 
 `train` builds the parts (environments, world model, actor, critic, replay) and then alternates three things: it
 collects one agent step in each environment, updates the world model on replayed sequences, and updates actor and critic

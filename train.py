@@ -82,7 +82,7 @@ class Config:
     num_envs: Count = 1  # number of training environments; if above 1, each has a worker process of its own
 
     # run
-    preset: Literal["auto", "standard", "cpu", "debug", "paper"] = "auto"  # auto: standard on a GPU, cpu without one
+    preset: Literal["auto", "standard", "cpu", "debug", "paper"] = "auto"  # auto: standard on an NVIDIA GPU, else cpu
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0  # seed of every random draw of training
     steps: Count = 500_000  # control steps in the whole run, random ones at the start included
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of cuda, mps and cpu that is available
@@ -100,7 +100,7 @@ class Config:
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: WANDB_MODE, else online if there is a key
 
     # replay
-    capacity: Count = 250_000  # agent steps that the replay holds; each takes 36 KB with three cameras of 64 pixels
+    capacity: Count = 250_000  # agent steps and resets in the replay; each takes 36 KB with three cameras of 64 pixels
     prefill: Count = 5_000  # agent steps of random actions before the first update
     pretrain: Whole = 100  # updates made at once after the prefill
     train_every: Annotated[float, Range(0.001)] = 5  # agent steps between two updates; may be a fraction

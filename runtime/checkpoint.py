@@ -134,8 +134,9 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._acquire()
-            for leftover in (*self.path.glob(".*.tmp"), *self.path.glob("replay/.*.tmp")):
-                leftover.unlink()
+            for names in (".*.tmp", "replay/.*.tmp", "videos/.*.tmp.mp4"):  # of a process that was killed
+                for leftover in self.path.glob(names):
+                    leftover.unlink()
             there = list_checkpoints(self.path)
             if self.loaded is None:
                 if there:
@@ -466,9 +467,11 @@ class ReplayFiles:
         Says what is missing, damaged, or does not fit.
         """
         index = state["index"]
-        placed = index if state["rings"] == len(self.replay.episodes) else self._place(index)
+        rings = len(self.replay.episodes)
+        if rings != state["rings"]:  # deal them out anew, oldest first; a full ring forgets its oldest
+            index = [(name, i % rings, length) for i, (name, _, length) in enumerate(sorted(index))]
         lost = []
-        for name, env, length in placed:
+        for name, env, length in index:
             try:
                 self.replay.load(env, _load_episode(self.folder / name), length, _number(name), name)
             except (Damaged, ValueError, IndexError) as error:
@@ -480,7 +483,7 @@ class ReplayFiles:
             warn(f"{unfit} of {len(index)} replay episodes, the oldest, do not fit any more")
         if state["next"] and not index:
             say("the replay was not saved: it is filled anew before the next update")
-        elif len(self.replay.episodes) > 1:
+        elif rings > 1:
             say("environments whose episodes were running at the checkpoint start new ones")
         self.needed = self.listed = min((_number(name) for name, _, _ in index), default=state["next"])
         self._delete(lambda number: number >= state["next"])
@@ -496,17 +499,6 @@ class ReplayFiles:
         """(ring, episode) of the finished ones."""
         rings = enumerate(self.replay.episodes)
         return [(env, episode) for env, episodes in rings for episode in episodes if episode.number >= 0]
-
-    def _place(self, index: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
-        """Rings and rows for the episodes of another number of rings: the newest that fit, oldest first."""
-        free = [self.replay.rows] * len(self.replay.episodes)
-        placed = []
-        for name, _, length in sorted(index, key=lambda row: _number(row[0]), reverse=True):
-            ring = max(range(len(free)), key=lambda i: free[i])
-            if rows := min(length, free[ring]):  # the last rows, as a full ring keeps them
-                placed.append((name, ring, rows))
-                free[ring] -= rows
-        return placed[::-1]
 
     def _delete(self, condition: Callable[[int], bool]) -> None:
         for path in self.folder.glob("episode_*.npz"):
@@ -530,7 +522,7 @@ def _load_episode(path: Path) -> dict[str, np.ndarray]:
 def policy_file(policy: Policy, config: Config, **about: float) -> bytes:
     """The bytes of a `policy.pt`: encoder, RSSM and actor with all that is needed to build them again."""
     known = {
-        "config": dataclasses.asdict(config) | {"run_dir": ""},  # where it was learnt is nobody else's business
+        "config": dataclasses.asdict(config) | {"run_dir": ""},  # where it was learned is nobody else's business
         "image_shape": policy.encoder.shape,
         "action_size": policy.actor.action_size,
         "weights": {name: value.cpu() for name, value in policy.state_dict().items()},
@@ -558,8 +550,8 @@ def load_policy(path: str | Path) -> tuple[Policy, Config]:
         policy.load_state_dict(saved["weights"])
     except UserError:
         raise
-    except FileNotFoundError as error:
-        raise UserError(f"there is no policy file {path}") from error
+    except OSError as error:
+        raise UserError(f"policy {path} can't be read: {error.strerror}") from error
     except Exception as error:  # torch.load raises almost anything for files that aren't its own
         raise UserError(f"{path} is no policy file of this release: {type(error).__name__}") from error
     return policy.eval(), config

@@ -24,7 +24,7 @@ from runtime.logger import Logger
 from train import PRESETS, Config, Dreamer, Range, defaults
 
 DESCRIPTION = """\
-Train DreamerV2 on RoboSuite, evaluate what it learnt, or draw its curves:
+Train DreamerV2 on RoboSuite, evaluate what it learned, or draw its curves:
   python run.py                           train with the preset that fits this machine
   python run.py --task Door --seed 1      every constant of train.Config is a flag
   python run.py --eval runs/Lift_cpu_0    evaluate a run or a policy file without training
@@ -71,7 +71,7 @@ def parse(argv: Sequence[str]) -> Command:
     given = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Config) if field.name in named}
     preset = flags.preset
     if preset == "auto":
-        preset = "cpu" if pick_device(flags.device).type == "cpu" else "standard"
+        preset = "standard" if pick_device(flags.device).type == "cuda" else "cpu"
     config = Config(**defaults(flags.task, preset) | given | {"preset": preset})
     if "eval" in named and not flags.eval:
         raise UserError("--eval needs a run folder or a policy file")
@@ -84,7 +84,6 @@ def parse(argv: Sequence[str]) -> Command:
         )
     if flags.eval:
         check_fields(config)
-        _check_given_with_eval(given)
     elif not flags.report:
         check_config(config)
     return Command(config, given, _path(flags.eval) if flags.eval else None, [_path(name) for name in flags.report])
@@ -137,21 +136,15 @@ def _refuse(event: Any) -> NoReturn:
     raise UserError(f"{name or 'flags'}: a value is missing; see python run.py --help")
 
 
-def _check_given_with_eval(given: dict[str, Any]) -> None:
-    """Refuse flags that an evaluation would ignore (UserError)."""
+def check_fits_policy(given: dict[str, Any], config: Config) -> None:
+    """Refuse flags that an evaluation would ignore, unless the policy was trained with them (UserError)."""
     env, fixed = marked("env"), marked("fixed")
     free = {*env, "device", "num_envs", "eval_episodes", "eval_steps", "eval_action"} - {*fixed, "episode_steps"}
     for name, value in given.items():
-        if name not in free and name not in fixed:
-            raise UserError(f"{name} {_text(value)} can't be chosen with --eval; valid: {', '.join(sorted(free))}")
-
-
-def check_fits_policy(given: dict[str, Any], config: Config) -> None:
-    """Refuse flags that do not fit a policy's weights (UserError). Those that say what it is anyway do."""
-    for name, value in given.items():
-        if name in marked("fixed") and value != getattr(config, name):
-            made = _text(getattr(config, name))
-            raise UserError(f"{name} {_text(value)} can't be chosen with --eval: the policy was trained with {made}")
+        if name not in free and value != getattr(config, name):
+            made = f"the policy was trained with {_text(getattr(config, name))}"
+            valid = "" if name in fixed else f"; valid: {', '.join(sorted(free))}"
+            raise UserError(f"{name} {_text(value)} can't be chosen with --eval: {made}{valid}")
 
 
 # ---------------------------------------------------------------------------------------------- fields
@@ -281,7 +274,7 @@ def preflight(
 ) -> None:
     """Say in a few lines what is about to happen; refuse what can't fit (UserError)."""
     c = config
-    why = "as asked" if given.get("preset", "auto") != "auto" else f"--preset auto on {agent.device}"
+    why = "as asked" if given.get("preset", Config.preset) != "auto" else f"--preset auto on {agent.device}"
     say(f"preset {c.preset} ({why}), seed {c.seed}, {c.steps} control steps")
     of_task = defaults(c.task, c.preset).keys() - PRESETS[c.preset].keys()
     for what, names in (("preset", PRESETS[c.preset].keys()), (f"task {c.task}", of_task)):
@@ -331,9 +324,10 @@ def farewell(step: int, episodes: int, updates: int, best: tuple[float, float] |
     lines = {
         "numbers": f"{folder}/metrics.jsonl",
         "videos": f"{folder}/videos",
-        "policy": f"python run.py --eval {folder}",
         "curves": f"python run.py --report {folder}",
     }
+    if best is not None:
+        lines["policy"] = f"python run.py --eval {folder}"
     if logger.wandb:
         lines["W&B"] = f"wandb leet {folder}/wandb" if logger.wandb.offline else logger.wandb.url
     for name, where in lines.items():

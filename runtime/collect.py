@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import math
 from collections import deque
 from collections.abc import Iterator
@@ -338,7 +339,5 @@ def _generator(state: dict[str, Any], restarts: int) -> np.random.Generator:
 
 
 def _plain(state: Any) -> Any:
-    """A generator's state in types that a checkpoint may hold."""
-    if isinstance(state, dict):
-        return {name: _plain(value) for name, value in state.items()}
-    return state.tolist() if isinstance(state, np.ndarray) else state
+    """A generator's state in types that a checkpoint may hold: some kinds have arrays in it."""
+    return json.loads(json.dumps(state, default=np.ndarray.tolist))

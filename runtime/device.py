@@ -45,10 +45,10 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype | None:
     """The autocast type: bfloat16 if the hardware multiplies it natively, else None for plain float32."""
     if name == "auto":
         if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            fast = device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
-        name = "bfloat16" if fast else "float32"
+            native = device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+        name = "bfloat16" if native else "float32"
     return torch.bfloat16 if name == "bfloat16" else None
 
 

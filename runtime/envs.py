@@ -231,7 +231,7 @@ def close_envs(envs: Envs) -> None:
 
 
 class EnvFailure(Failure):
-    """The environments can't go on; what was learnt is sound."""
+    """The environments can't go on; what was learned is sound."""
 
     def __init__(self, reason: str):
         super().__init__(f"{reason}; the same command goes on, and draws other episodes")
@@ -245,16 +245,16 @@ def make_envs(options: dict[str, Any], num_envs: int, seed: int, make_env: MakeE
 
 @contextlib.contextmanager
 def build_errors() -> Iterator[None]:
-    """What an environment refuses when it is built is the user's to mend (UserError); other errors are Failures."""
+    """What an environment refuses when it is built is a UserError, and what a machine can't do is a Failure."""
     try:
         yield
     except ValueError as error:
         raise UserError(str(error)) from error
-    except RuntimeError as error:  # a machine that can't render
+    except RuntimeError as error:  # it can't render
         raise Failure(str(error)) from error
     except SystemExit as error:
         raise Failure(f"the environment called sys.exit({error.code!r}) while it was built") from error
-    except (EOFError, ConnectionError) as error:  # `main` ends workers that call it while they import the script
+    except (EOFError, ConnectionResetError, BrokenPipeError) as error:  # workers that import it and call `main` end
         guard = 'if __name__ == "__main__":'
         what = "a worker process ended at its start: see the error above, if there is one"
         raise UserError(f"{what}; a script that calls run.main needs `{guard}`") from error

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -221,7 +222,7 @@ class Analysis(NamedTuple):
     prediction: Prediction  # of these windows, open loop
 
 
-def analyse(agent: Dreamer, recordings: Sequence[Episode], draws: Draws, largest: float) -> Analysis:
+def analyze(agent: Dreamer, recordings: Sequence[Episode], draws: Draws, largest: float) -> Analysis:
     """Open-loop errors, reward errors and value calibration; changes nothing in the agent.
 
     `largest` is the largest reward of an agent step so far; errors are told for each third of it.
@@ -266,18 +267,18 @@ def _value_errors(config: Config, recordings: Sequence[Episode], judged: Sequenc
     """The critic's values against the returns that followed; arrays as above, one for each recording."""
     known = []
     for recording, (_, value, learned, _) in zip(recordings, judged, strict=True):
-        returns = realised_return(learned, value[-1], recording.terminal, config.discount)
+        returns = realized_return(learned, value[-1], recording.terminal, config.discount)
         rows = len(value) if recording.terminal else len(value) - 1  # what followed the last row is unknown
         known.append(np.stack([value, returns])[:, :rows])
-    predicted, realised = np.concatenate(known, axis=1)
+    predicted, realized = np.concatenate(known, axis=1)
     return {
         "behavior/value_predicted": float(predicted.mean()),
-        "behavior/value_realised": float(realised.mean()),
-        "behavior/value_error": float(np.abs(predicted - realised).mean()),
+        "behavior/value_realized": float(realized.mean()),
+        "behavior/value_error": float(np.abs(predicted - realized).mean()),
     }
 
 
-def realised_return(reward: np.ndarray, last_value: float, terminal: bool, discount: float) -> np.ndarray:
+def realized_return(reward: np.ndarray, last_value: float, terminal: bool, discount: float) -> np.ndarray:
     """The discounted return from each row on, the row's own reward included: (n + 1,) -> (n + 1,).
 
     If the clock ended the episode, the critic's value of the last row stands for what would have followed.
@@ -396,7 +397,7 @@ class Evaluator:
             if complete:
                 self._compare(step, played, summary)
             if played:
-                self._log(step, played, summary | {"eval/best": float(self.best_step == step)})
+                self._log(step, played, summary | {"eval/best": float(self.best_step == step)}, film)
             if not complete:
                 self.incomplete += 1
                 what = f"{wanted - len(played)} episode(s) failed {TRIES} times"
@@ -432,19 +433,19 @@ class Evaluator:
         except FAULTS as error:
             raise BrokenEnv(f"its environment can't be built: {describe_error(error)}") from error
 
-    def _log(self, step: int, played: Sequence[Episode], summary: dict[str, float]) -> None:
+    def _log(self, step: int, played: Sequence[Episode], summary: dict[str, float], film: bool) -> None:
         draws = Draws(torch.Generator(self.agent.device).manual_seed(EVAL_SEED))
         recordings = [episode for episode in played if episode.rows]
         self.largest = max(self.largest, *(float(row.reward) for episode in recordings for row in episode.rows))
-        analysis = analyse(self.agent, recordings, draws, self.largest)
+        analysis = analyze(self.agent, recordings, draws, self.largest)
         self.logger.scalars(step, summary | analysis.metrics)
         figures = {"best_success_rate": self.best_success, "last_success_rate": summary["eval/success_rate"]}
         self.logger.summary(figures)
         say(f"step {step}: {describe(summary)}")
-        if episode := filmed(played):
+        if film:
             self.bar.show("evaluate", "videos")
             with self.watch("video"):
-                self._film(step, episode, analysis, draws)
+                self._film(step, filmed(played), analysis, draws)
             self.filmed = step
 
     def _compare(self, step: int, played: Sequence[Episode], summary: dict[str, float]) -> None:
@@ -497,10 +498,11 @@ class Evaluator:
             name: getattr(self.config, name) for name in ("eval_action", "eval_episodes")
         }
 
-    def _film(self, step: int, episode: Episode, analysis: Analysis, draws: Draws) -> None:
-        """The three videos: an episode, the model's open-loop prediction, and what the policy imagines."""
+    def _film(self, step: int, episode: Episode | None, analysis: Analysis, draws: Draws) -> None:
+        """The videos: an episode if it has frames, the model's open-loop prediction, and what the policy imagines."""
         c = self.config
-        self._video(step, "eval", episode.video())
+        if episode:
+            self._video(step, "eval", episode.video())
         windows = Batch(*(x[:, :SEQUENCES] for x in analysis.windows))
         truth = (windows.image.float() / 255).cpu().numpy()
         model = analysis.prediction.image[:, :SEQUENCES].float().cpu().numpy()
@@ -539,7 +541,7 @@ def evaluate_policy(path: Path, given: dict[str, Any], make_env: MakeEnv) -> Non
 
     `given` are the flags that were given. Failure if episodes could not be played.
     """
-    file = _find_policy(path)
+    file = path / "policy.pt" if os.path.isdir(path) else path  # unlike path.is_dir, without an error of its own
     policy, config = load_policy(file)
     check_fits_policy(given, config)
     config = dataclasses.replace(config, **{"eval_episodes": EVAL_EPISODES, **given})
@@ -568,15 +570,3 @@ def evaluate_policy(path: Path, given: dict[str, Any], make_env: MakeEnv) -> Non
             warn(f"no video: {error}")
     if failed := config.eval_episodes - len(played):
         raise Failure(f"the evaluation is incomplete: {failed} episode(s) failed {TRIES} times")
-
-
-def _find_policy(path: Path) -> Path:
-    try:
-        file = path / "policy.pt" if path.is_dir() else path
-        there = file.exists()
-    except OSError as error:
-        raise UserError(f"--eval {path}: {error.strerror}") from error
-    if not there:
-        what = "policy.pt in it" if path.is_dir() else "such run or policy"
-        raise UserError(f"--eval {path}: there is no {what}")
-    return file

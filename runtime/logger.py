@@ -256,7 +256,7 @@ def pick_wandb_mode(flag: str, environ: dict[str, str]) -> tuple[str, str]:
 
 def _key_in_netrc(environ: dict[str, str]) -> bool:
     try:
-        host = urlparse(environ.get("WANDB_BASE_URL", "")).hostname or "api.wandb.ai"
+        host = urlparse(environ.get("WANDB_BASE_URL", "")).netloc or "api.wandb.ai"  # with a port, as wandb writes it
         return netrc.netrc(environ.get("NETRC")).authenticators(host) is not None
     except (OSError, ValueError, netrc.NetrcParseError):  # ValueError: no address, or no text
         return False

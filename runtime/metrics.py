@@ -65,7 +65,7 @@ SECTIONS = {
         Panel("Value and λ-return in imagination", {"behavior/value": "value", "behavior/lambda_return": "λ-return"}),
         Panel(
             "Value on evaluation episodes",
-            {"behavior/value_predicted": "predicted", "behavior/value_realised": "realized"},
+            {"behavior/value_predicted": "predicted", "behavior/value_realized": "realized"},
         ),
         Panel("Imagined reward a step", {"behavior/imagined_reward": ""}),
         Panel("Policy entropy, nats", {"behavior/entropy": ""}),

@@ -500,7 +500,7 @@ def test_more_envs_share_the_episodes_newest_last(tmp_path, capsys):
     files.write()
     more, again = replay_with_files(tmp_path, capacity=60, num_envs=3)
     again.load_state_dict(files.state_dict())
-    assert [numbers(more, env) for env in range(3)] == [[1, 4], [0, 3], [2]]
+    assert [numbers(more, env) for env in range(3)] == [[0, 3], [1, 4], [2]]
     assert "do not fit" not in capsys.readouterr().out
     more.sample(4, 4)
 
@@ -614,7 +614,7 @@ def test_an_episode_that_could_not_be_written_is_written_later(tmp_path, monkeyp
 
 
 def test_a_policy_file_gives_back_the_policy_and_its_configuration(tmp_path):
-    """It acts as it did, bit for bit; what else was saved beside it is there, and where it was learnt is not."""
+    """It acts as it did, bit for bit; what else was saved beside it is there, and where it was learned is not."""
     config = tiny_config(run_dir="/home/somebody/run", eval_action="mode")
     policy = tiny_dreamer(config).policy.eval()
     (tmp_path / "policy.pt").write_bytes(checkpoint.policy_file(policy, config, env_step=40, success=0.5))
@@ -647,7 +647,7 @@ def test_a_policy_file_of_another_release_is_refused_in_one_line(change, tmp_pat
     told = ": it lacks eval_action" if change == "constant missing" else ""
     with pytest.raises(UserError, match="policy.pt is no policy file of this release" + told):
         checkpoint.load_policy(tmp_path / "policy.pt")
-    with pytest.raises(UserError, match="there is no policy file"):
+    with pytest.raises(UserError, match="nothing.pt can.t be read: No such file"):
         checkpoint.load_policy(tmp_path / "nothing.pt")
 
 
@@ -902,6 +902,8 @@ def test_what_a_run_without_checkpoints_has_left_is_set_aside(tmp_path, capsys):
         (tmp_path / "replay").mkdir()
         (tmp_path / "replay" / ".episode.tmp").write_text("x")
         (tmp_path / ".checkpoint.tmp").write_text("x")
+        (tmp_path / "videos").mkdir()
+        (tmp_path / "videos" / ".eval_000000100.mp4.tmp.mp4").write_text("x")
     RunFolder(tmp_path).claim(tiny_config())
     assert [(tmp_path / f"earlier_{n}" / "metrics.jsonl").read_text() for n in (1, 2)] == ["1", "2"]
     names = {path.name for path in tmp_path.iterdir()}

@@ -418,3 +418,13 @@ def test_workers_of_the_program_import_no_torch(is_run, tmp_path):
     rows = [line.split() for line in done.stdout.splitlines()]
     assert [row[0] for row in rows] == [str(not is_run)] * 2
     assert is_run == all(float(row[1]) < 150 for row in rows), rows
+
+
+def test_only_a_worker_that_ended_is_told_of_the_main_guard():
+    """An environment in this process may well use connections of its own: what it raises is passed on."""
+
+    def no_server(**_):
+        raise ConnectionRefusedError("the simulator does not answer")
+
+    with pytest.raises(ConnectionRefusedError, match="does not answer"):
+        make_envs({}, 1, 0, no_server)

@@ -29,10 +29,10 @@ from runtime.evaluate import (
     Evaluator,
     Player,
     Row,
-    analyse,
+    analyze,
     open_envs,
     open_loop_windows,
-    realised_return,
+    realized_return,
     summarize,
 )
 from runtime.logger import Stopwatch
@@ -84,10 +84,10 @@ def test_episode_figures():
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_realised_return_is_the_discounted_sum(terminal):
+def test_realized_return_is_the_discounted_sum(terminal):
     """Of the rewards from the row on; where the clock ended the episode, the critic's last value closes it."""
     reward = np.random.default_rng(0).uniform(0, 1, 9)
-    returns = realised_return(reward, 7.0, terminal, 0.9)
+    returns = realized_return(reward, 7.0, terminal, 0.9)
     last = reward[-1] if terminal else 7.0
     for t in range(9):
         assert returns[t] == pytest.approx(sum(0.9**k * reward[t + k] for k in range(8 - t)) + 0.9 ** (8 - t) * last)
@@ -122,16 +122,16 @@ def test_errors_of_a_known_model_are_found():
     """Squared image error, absolute reward error and value calibration of predictions that are off by known amounts."""
     config = tiny_config(discount=0.5)
     episodes = [recording(n, n, n == 40, rewards=np.linspace(0, 1, n + 1)) for n in (60, 40)]
-    metrics = analyse(known_agent(config, 0.2, 3.0), episodes, seeded(), 1.0).metrics
+    metrics = analyze(known_agent(config, 0.2, 3.0), episodes, seeded(), 1.0).metrics
     for k in (1, 5, 15, 45):
         assert metrics[f"openloop/image_mse_{k}"] == pytest.approx(0.04, rel=1e-4)
         assert metrics[f"openloop/reward_error_{k}"] == pytest.approx(0.1, rel=1e-4)
     for name in ("error", "error_low", "error_middle", "error_high"):
         assert metrics[f"reward/{name}"] == pytest.approx(0.1, rel=1e-4)
-    realised = [realised_return(rewards_of(e), 3.0, e.terminal, 0.5) for e in episodes]
-    known = np.concatenate([realised[0][:-1], realised[1]])  # where the clock ended, the last row knows nothing
+    realized = [realized_return(rewards_of(e), 3.0, e.terminal, 0.5) for e in episodes]
+    known = np.concatenate([realized[0][:-1], realized[1]])  # where the clock ended, the last row knows nothing
     assert metrics["behavior/value_predicted"] == pytest.approx(3.0)
-    assert metrics["behavior/value_realised"] == pytest.approx(known.mean(), rel=1e-4)
+    assert metrics["behavior/value_realized"] == pytest.approx(known.mean(), rel=1e-4)
     assert metrics["behavior/value_error"] == pytest.approx(np.abs(known - 3).mean(), rel=1e-4)
 
 
@@ -141,7 +141,7 @@ def test_figures_that_cannot_be_had_are_left_out():
     agent = known_agent(tiny_config(), 0.0, 0.0)
 
     def found(largest: float) -> set[str]:
-        return set(analyse(agent, [episode], seeded(), largest).metrics)
+        return set(analyze(agent, [episode], seeded(), largest).metrics)
 
     assert {"openloop/image_mse_15", "reward/error"} <= found(1.0)
     assert not {"openloop/image_mse_45", "openloop/reward_error_45"} & found(1.0)
@@ -158,7 +158,7 @@ def test_looking_leaves_the_agent_as_it_was():
     before = {name: value.clone() for name, value in agent.world_model.state_dict().items()}
     stream = torch.get_rng_state()
     channels = image_shape(config)[0]
-    analysis = analyse(agent, [recording(60, channels=channels), recording(33, 1, channels=channels)], seeded(), 1.0)
+    analysis = analyze(agent, [recording(60, channels=channels), recording(33, 1, channels=channels)], seeded(), 1.0)
     dream = agent.dream(analysis.windows, 7, seeded())
     assert all(np.isfinite(value) for value in analysis.metrics.values())
     assert dream.image.shape[:2] == dream.reward.shape == (7, analysis.windows.image.shape[1])
@@ -193,8 +193,8 @@ def test_evaluations_of_another_kind_do_not_compete_with_earlier_ones(tmp_path, 
     assert "can't be compared" in capsys.readouterr().out
 
 
-def test_an_env_that_cannot_render_trains_without_films(tmp_path, monkeypatch, capsys):
-    """Pictures are not needed for learning: a warning, and no video."""
+def test_an_env_that_cannot_render_films_what_the_model_sees(tmp_path, monkeypatch, capsys):
+    """Frames are needed for the episode's video only: a warning says so, and the two others are there."""
     monkeypatch.undo()  # of `no_videos`
 
     class Unseen(FakeEnv):
@@ -203,7 +203,8 @@ def test_an_env_that_cannot_render_trains_without_films(tmp_path, monkeypatch, c
 
     assert train(tmp_path / "run", make_env=Unseen) == 0
     assert "is not filmed" in capsys.readouterr().out
-    assert not list((tmp_path / "run").glob("videos/*")) and "eval/return_mean" in str(metrics(tmp_path / "run"))
+    assert {path.name.split("_")[0] for path in (tmp_path / "run").glob("videos/*")} == {"openloop", "dream"}
+    assert "eval/return_mean" in str(metrics(tmp_path / "run"))
 
 
 def test_a_policy_that_a_full_disk_refused_is_written_later(tmp_path, monkeypatch, capsys):
@@ -374,7 +375,7 @@ def test_a_run_evaluates_in_workers_that_end_with_it(tmp_path, monkeypatch, caps
     """The same two for all its evaluations, beside those that train; all are gone at its end."""
     monkeypatch.undo()  # of `no_videos`
     workers = []
-    monkeypatch.setattr(evaluate, "analyse", lambda *args: workers.append(processes()) or analyse(*args))
+    monkeypatch.setattr(evaluate, "analyze", lambda *args: workers.append(processes()) or analyze(*args))
     assert train(tmp_path / "run", FOUR_WORKERS) == 0
     assert len(workers) > 1 and len(workers[0]) == 4 and all(found == workers[0] for found in workers)
     assert not multiprocessing.active_children()
@@ -422,7 +423,7 @@ def test_the_cost_of_evaluations_is_printed_as_a_share(tmp_path, monkeypatch, ca
     """Seconds of this one, videos included, and the share of all of them in the time since the start."""
     clock = [100.0]
     monkeypatch.setattr(evaluate, "time", SimpleNamespace(monotonic=lambda: clock[0], perf_counter=lambda: clock[0]))
-    step, judge = Dreamer.train_step, evaluate.analyse
+    step, judge = Dreamer.train_step, evaluate.analyze
 
     def slow(seconds, work):
         def with_time(*args):
@@ -431,7 +432,7 @@ def test_the_cost_of_evaluations_is_printed_as_a_share(tmp_path, monkeypatch, ca
 
         return with_time
 
-    monkeypatch.setattr(evaluate, "analyse", slow(30, judge))
+    monkeypatch.setattr(evaluate, "analyze", slow(30, judge))
     monkeypatch.setattr(Dreamer, "train_step", slow(5, step))
     assert train(tmp_path / "run") == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "the evaluation took" in line]
@@ -570,7 +571,7 @@ def test_an_incomplete_evaluation_has_no_best_success():
     """Its one episode that could be played may have been lucky; evaluations go on coming early."""
     evaluator = Evaluator(tiny_config(), None, FakeEnv, None, Stopwatch(), StopSignals(), SimpleNamespace())
     evaluator._play = lambda episodes, film: [SimpleNamespace(total=9.0)] * (episodes - 1)
-    evaluator._log = lambda step, played, summary: None
+    evaluator._log = lambda *_: None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "summarize", lambda played: {"eval/success_rate": 1.0})
         evaluator.bar.show = lambda phase: None
@@ -617,7 +618,7 @@ def test_a_reset_that_fails_in_an_evaluation_is_drawn_anew_and_told(tmp_path, ca
 
 def test_a_metric_that_is_no_number_is_left_out_and_told(tmp_path, monkeypatch, capsys):
     """metrics.jsonl is strict JSON in every line, whatever an update or an analysis gives."""
-    step, judge = Dreamer.train_step, evaluate.analyse
+    step, judge = Dreamer.train_step, evaluate.analyze
 
     def spoilt(self, batch):
         return step(self, batch) | {"model/odd": torch.tensor(float("inf"))}
@@ -628,7 +629,7 @@ def test_a_metric_that_is_no_number_is_left_out_and_told(tmp_path, monkeypatch, 
         return analysis
 
     monkeypatch.setattr(Dreamer, "train_step", spoilt)
-    monkeypatch.setattr(evaluate, "analyse", odd)
+    monkeypatch.setattr(evaluate, "analyze", odd)
     assert train(tmp_path / "run") == 0
     names = set().union(*metrics(tmp_path / "run"))
     assert {"model/loss", "openloop/image_mse_5"} <= names and not {"model/odd", "reward/error"} & names
@@ -681,22 +682,30 @@ def test_eval_takes_the_mean_or_the_mode(tmp_path, capsys):
     assert printed[0] == printed[1] != printed[2]
 
 
-@pytest.mark.parametrize("flag", ["--seed 3", "--precision float32", "--episode_steps 8"])
+@pytest.mark.parametrize("flag", ["--seed 3", "--precision float32", "--episode_steps 12"])
 def test_eval_refuses_what_it_would_ignore(flag, tmp_path, capsys):
     """Only the task's settings, the device and the number of episodes can be chosen."""
-    (tmp_path / "policy.pt").write_bytes(b"")
+    config = tiny_config(episode_steps=8, batch_length=4)
+    file = tmp_path / "policy.pt"
+    file.write_bytes(checkpoint.policy_file(tiny_dreamer(config).policy, config))
     assert run.main(["--eval", str(tmp_path), *flag.split()], FakeEnv) == 2
-    assert "can't be chosen with --eval; valid: control_freq, " in capsys.readouterr().err
+    name, value = flag.lstrip("-").split()
+    error = capsys.readouterr().err
+    assert f"{name} {value} can't be chosen with --eval: the policy was trained with {getattr(config, name)}" in error
+    assert "; valid: control_freq, " in error
 
 
 def test_eval_takes_what_the_policy_is_anyway_and_refuses_other_shapes(tmp_path, capsys):
-    """So that a script which names its own task can evaluate it too."""
+    """So that a script which names its own task, and constants for it, can evaluate it too."""
     config = tiny_config(episode_steps=8, batch_length=4)
     file = tmp_path / "policy.pt"
     file.write_bytes(checkpoint.policy_file(tiny_dreamer(config).policy, config))
     make_env = functools.partial(FakeEnv, action_size=ACTION_SIZE)
     flags = ["--eval", str(file), "--eval_episodes", "1"]
-    assert run.main([*flags, "--task", config.task], make_env) == 0
+    same = (
+        f"--task {config.task} --episode_steps 8 --eval_every {config.eval_every} --reward_scale {config.reward_scale}"
+    )
+    assert run.main([*flags, *same.split()], make_env) == 0
     assert run.main([*flags, "--deter", "8"], make_env) == 2
     assert "deter 8 can't be chosen with --eval: the policy was trained with 16" in capsys.readouterr().err
 

@@ -290,6 +290,8 @@ def test_wandb_mode_flag_beats_environment_beats_key(monkeypatch, tmp_path):
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password x")
     assert logger.pick_wandb_mode("auto", environ)[0] == "online"
     assert logger.pick_wandb_mode("auto", environ | {"WANDB_BASE_URL": "https://wandb.example.org"})[0] == "offline"
+    (tmp_path / "netrc").write_text("machine localhost:8080 login user password x")
+    assert logger.pick_wandb_mode("auto", environ | {"WANDB_BASE_URL": "http://localhost:8080"})[0] == "online"
     monkeypatch.setattr(logger.importlib.util, "find_spec", lambda name: None)
     assert logger.pick_wandb_mode("online", key)[0] == "disabled"
 

@@ -136,7 +136,7 @@ def drop(path: str, value):
 
 
 def fresh(old):
-    """The same modules with other values: what an agent begins with instead of what it has learnt."""
+    """The same modules with other values: what an agent begins with instead of what it has learned."""
     generator = torch.Generator().manual_seed(7)
     return {
         name: torch.randn(value.shape, generator=generator).to(value.dtype) if value.dim() else value
@@ -290,8 +290,8 @@ def stop_in(place: str, number: int, patch: pytest.MonkeyPatch) -> None:
         send = send_once(number, lambda env: env.seed == seed and env.total_steps == (67 if seed == 0 else 7))
         patch.setattr(CountingEnv, "hook", staticmethod(send))
     elif place == "analysis":
-        send, analyse = send_once(number), evaluate.analyse
-        patch.setattr(evaluate, "analyse", lambda *args: (send(), analyse(*args))[1])
+        send, analyze = send_once(number), evaluate.analyze
+        patch.setattr(evaluate, "analyze", lambda *args: (send(), analyze(*args))[1])
     elif place == "video":
         send = send_once(number)
         patch.setattr(run.Logger, "video", lambda *args: send())
@@ -1124,7 +1124,7 @@ def test_an_env_that_can_not_close_is_let_go(tmp_path):
 
 @pytest.mark.parametrize("frame", FRAMES)
 def test_a_frame_that_is_none_costs_the_video(frame, tmp_path, monkeypatch, capsys):
-    """Whatever `render` returns, the evaluation counts; one line says why it has no film."""
+    """Whatever `render` returns, the evaluation counts; one line says why its episode is not filmed."""
 
     class BadFrames(FakeEnv):
         def render(self):
@@ -1133,9 +1133,10 @@ def test_a_frame_that_is_none_costs_the_video(frame, tmp_path, monkeypatch, caps
             return frame
 
     films = []
-    monkeypatch.setattr(run.Logger, "video", lambda logger, step, *_: films.append(step))
+    monkeypatch.setattr(run.Logger, "video", lambda logger, step, name, *_: films.append(name))
     assert faults.train(tmp_path / "run", "--steps 60 --prefill 20", BadFrames) == 0
-    assert capsys.readouterr().out.count("warning: the evaluation is not filmed: ") == 1 and not films
+    assert capsys.readouterr().out.count("warning: the evaluation is not filmed: ") == 1
+    assert films == ["openloop", "dream"]
     assert (tmp_path / "run" / "policy.pt").exists()
 
 

@@ -94,7 +94,16 @@ def test_a_plot_says_what_its_metrics_are(page):
 def test_a_figure_that_was_not_measured_is_a_dash(page):
     """An evaluation without some figures keeps its row, and the evaluation whose policy was kept is marked."""
     assert page.count("<tr class=best>") == 1 and page.count("<td>–</td>") == 5 * 6
-    assert re.search(r"<tr class=best><td>240</td><td>12.0 ", page)  # later ones were higher, but incomplete
+    assert re.search(r"<tr class=best><td>240</td><td>12.0 ", page)
+
+
+def test_an_incomplete_evaluation_is_not_the_best(tmp_path):
+    """The card has the best success rate of those evaluations in which all episodes could be played."""
+    run_dir = make_run(tmp_path, config={"eval_episodes": 3})
+    lines = [{"env_step": n, "eval/episodes": n, "eval/success_rate": 1 / n} for n in (4, 3, 2)]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    cards = dict(report._read_run(run_dir, "red").cards())
+    assert (cards["success rate, last"], cards["best success rate"]) == ("50%", "33%")
 
 
 def test_several_runs_share_their_plots(tmp_path):

@@ -120,7 +120,7 @@ def test_debug_run_metrics_are_finite_ordered_and_unique(debug_run):
     assert all(np.isfinite(value) for line in lines for value in line.values())
     names = set().union(*lines)
     assert {"episode/return", "eval/return_mean", "eval/success_rate", "model/kl", "behavior/value"} <= names
-    assert {"openloop/image_mse_15", "reward/error_low", "behavior/value_realised", "replay/gb"} <= names
+    assert {"openloop/image_mse_15", "reward/error_low", "behavior/value_realized", "replay/gb"} <= names
     assert "openloop/image_mse_45" not in names  # episodes have 31 rows
     assert [line["eval/episodes"] for line in lines if "eval/episodes" in line] == [1, 2]  # the last is of more
 
@@ -461,6 +461,14 @@ def test_each_phase_is_named_in_the_bar(tmp_path, monkeypatch, capsys):
     for words in ("done: 100 steps, 5 episodes", "best evaluation return", "--report", "--eval", "metrics.jsonl"):
         assert words in out, words
     assert "step 0: prefill" not in out  # the bar says it
+
+
+def test_the_end_names_no_policy_if_there_is_none(tmp_path, monkeypatch, capsys):
+    """Without a complete evaluation, there is nothing that `--eval` could play."""
+    monkeypatch.setattr(evaluate.Player, "play", lambda *_: [])
+    assert train(tmp_path / "run") == 1
+    out = capsys.readouterr().out
+    assert "done: 100 steps" in out and "--report" in out and "--eval" not in out
 
 
 def test_phases_are_lines_where_there_is_no_bar(tmp_path, capsys):
