@@ -76,10 +76,10 @@ class Config:
     image_size: Env[Fixed[Literal[32, 64, 128]]] = 64  # height and width of a camera picture, in pixels
     control_freq: Env[Positive] = 20  # control steps in a second of simulated time; must divide the physics rate
     action_repeat: Env[Fixed[Count]] = 2  # control steps for which the robot holds each action of the agent
-    episode_steps: Env[Count] = 200  # control steps in a training episode; one without noise has eval_steps
+    episode_steps: Env[Count] = 200  # control steps in a training episode; greedy_episodes have eval_steps
     reward_shaping: Env[bool] = True  # give a dense reward in [0, 1]; if false, reward only success
-    physics_step: Env[Positive] = 0.002  # seconds in a physics step: 0.002, RoboSuite's own, or 0.005, which costs half
-    num_envs: Count = 1  # number of training environments; if above 1, each has a worker process of its own
+    physics_step: Env[Positive] = 0.002  # seconds of a physics step: 0.002, as in RoboSuite, or 0.005 at half the cost
+    num_envs: Count = 1  # environments that run at once, each in a worker process if there are several
 
     # run
     preset: Literal["auto", "standard", "cpu", "debug", "paper"] = "auto"  # auto: standard on an NVIDIA GPU, else cpu
@@ -92,10 +92,10 @@ class Config:
     checkpoint_minutes: Weight = 10  # minutes, at least, between two checkpoints; the best evaluation has one too
     save_replay: bool = True  # keep finished episodes on disk; if false, a resumed run fills its replay anew
     log_every: Count = 500  # control steps, at least, between two lines of training metrics
-    eval_every: Count = 20_000  # control steps between evaluations; a quarter while only training succeeds
+    eval_every: Count = 20_000  # control steps between evaluations; less while only training episodes succeed
     eval_steps: Whole = 500  # control steps in an evaluation episode; 0: as many as in a training episode
     eval_action: Literal["mean", "mode"] = "mean"  # action of an evaluation: mean or mode of the policy's distribution
-    eval_episodes: Count = 10  # episodes in an evaluation; a run's last has twice as many, --eval 20
+    eval_episodes: Count = 10  # episodes in an evaluation; twice as many at the end of a run; 20 with --eval
     video_every: Count = 20_000  # control steps, at least, between two evaluations that are filmed
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: WANDB_MODE, else online if there is a key
 
@@ -104,9 +104,9 @@ class Config:
     prefill: Count = 5_000  # agent steps of random actions before the first update
     pretrain: Whole = 100  # updates made at once after the prefill
     train_every: Annotated[float, Range(0.001)] = 5  # agent steps between two updates; may be a fraction
-    replay_focus: Share = 0.5  # share of a batch from the newest tenth and the best (at most ten) episodes, half each
-    held_actions: Share = 0.5  # share of training episodes with random commands held at times; 0 after ten successes
-    greedy_episodes: Share = 0.5  # share of training episodes without noise, times the success rate of the last ten
+    replay_focus: Share = 0.5  # share of a batch, half of it from the newest tenth, half from the best 10 episodes
+    held_actions: Share = 0.5  # share of training episodes in which random commands are held; falls to 0 with success
+    greedy_episodes: Share = 0.5  # share of training episodes without noise, times the success rate of the last 10
     batch_size: Count = 16  # sequences in a batch
     batch_length: Count = 50  # agent steps in a sequence
 
@@ -707,7 +707,7 @@ class Dreamer:
 
     @property
     def optimizers(self) -> tuple[Optimizer, Optimizer, Optimizer]:
-        """Those of the model, the actor and the value."""
+        """The optimizers of the model, the actor and the value."""
         return self.model_optimizer, self.actor_optimizer, self.value_optimizer
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:

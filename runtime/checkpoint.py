@@ -39,7 +39,7 @@ SIMULATION = ("numpy", "mujoco", "robosuite")  # packages on whose releases an e
 KEEP = 2  # newest checkpoints that stay on disk
 LOCK_NAME = "lock"
 OUTPUTS = ("metrics.jsonl", "policy.pt", "replay", "videos", "wandb", "report.html")  # of a run, beside checkpoints
-# what a file system answers that lacks a call; NFS has no locks (ENOLCK) if no lock daemon runs
+# errors of file systems that lack a call; NFS has no locks (ENOLCK) if no lock daemon runs
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.ENOLCK)
 
 
@@ -111,7 +111,7 @@ def _number(name: str) -> int:
 
 
 class RunFolder:
-    """A run folder, locked from here to `release` if it exists, else from `claim` on.
+    """A run folder. If it exists, it is locked at once, else `claim` makes and locks it; `release` unlocks it.
 
     UserError if the path can't be one; Failure if another process works there.
     """
@@ -522,7 +522,7 @@ def _load_episode(path: Path) -> dict[str, np.ndarray]:
 def policy_file(policy: Policy, config: Config, **about: float) -> bytes:
     """The bytes of a `policy.pt`: encoder, RSSM and actor with all that is needed to build them again."""
     known = {
-        "config": dataclasses.asdict(config) | {"run_dir": ""},  # where it was learned is nobody else's business
+        "config": dataclasses.asdict(config) | {"run_dir": ""},  # the folder may name its user
         "image_shape": policy.encoder.shape,
         "action_size": policy.actor.action_size,
         "weights": {name: value.cpu() for name, value in policy.state_dict().items()},

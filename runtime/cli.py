@@ -170,7 +170,7 @@ def env_options(config: Config) -> dict[str, Any]:
 
 
 def training_options(config: Config) -> dict[str, Any]:
-    """Those of training, where greedy episodes are as long as evaluations; the collector ends the others earlier."""
+    """The keywords of `make_env` for training. The collector itself ends those episodes that are to be shorter."""
     longest = max(config.episode_steps, config.eval_steps if config.greedy_episodes else 0)
     return env_options(config) | {"episode_steps": longest}
 

@@ -255,7 +255,7 @@ class Collector:
             raise EnvFailure(f"the environments failed in {share}, the last time with {self.last_fault}")
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters and generators: all that decides the episodes to come where all have just ended."""
+        """Counters and generators: they decide all later episodes if none is running."""
         with self._env_failures():
             rngs = self.envs.get_attr("np_random")
         return {
@@ -282,7 +282,7 @@ class Collector:
         self.rng.bit_generator.state = _generator(state["action_space"], state["restarts"]).bit_generator.state
 
     def _explore(self, env: int) -> None:
-        """Decide how much an episode explores that begins, and how long it is.
+        """Decide how much the episode that begins explores, and how long it is.
 
         The more often the task is solved, the more episodes are as those of evaluations: deterministic, and as long.
         """
@@ -329,7 +329,7 @@ class Collector:
 
 
 def _generator(state: dict[str, Any], restarts: int) -> np.random.Generator:
-    """A generator in a saved state, or another one of its kind after so many restarts."""
+    """A generator in a saved state; after restarts, one that draws otherwise."""
     kind = getattr(np.random, state["bit_generator"])
     bits = kind()
     bits.state = state

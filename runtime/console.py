@@ -43,7 +43,7 @@ told: set[str] = set()  # what `warn_once` has warned of in this run
 
 
 def warn_once(what: str, line: str) -> None:
-    """Warn, unless that was done: `what` names the trouble, as the lines of one trouble may differ."""
+    """Warn, unless this run has warned of `what` already: the lines of one trouble may differ."""
     if what not in told:
         told.add(what)
         warn(line)
@@ -73,7 +73,7 @@ class Tolerant:
         self.write("")
 
     def release(self) -> None:
-        """Let the interpreter's own last flush succeed: what could not be written by now goes nowhere."""
+        """Let the interpreter's own last flush succeed, by dropping what could not be written."""
         if self.stream is None:
             return
         try:

@@ -165,7 +165,7 @@ def make_vector_env(builders: Sequence[Callable[[], gymnasium.Env]]) -> Envs:
 def _light_workers() -> Iterator[None]:
     """Inside, spawned workers do not import run.py again, and with it torch, which takes 200 MB in each of them.
 
-    A user's own script they do import: it may register a task.
+    They do import a user's own script: it may register a task.
     """
     main = sys.modules["__main__"]
     file, spec = getattr(main, "__file__", None), getattr(main, "__spec__", None)

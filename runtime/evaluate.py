@@ -44,7 +44,7 @@ Act = Callable[..., tuple[Tensor, ActState]]
 EVAL_SEED = 1_000_000  # of the evaluation env; its episodes are the same in every evaluation
 OWN_SEED = 2_000_000  # of `--eval`, whose episodes no evaluation of training has played
 EVAL_EPISODES = 20  # with --eval
-LAST_EVALUATION = 2  # times eval_episodes are evaluated at a run's end
+LAST_EVALUATION = 2  # the evaluation at a run's end has so many times the episodes of others
 EARLY = 4  # evaluations in `eval_every` once training episodes succeed, until all episodes of one do
 TRIES, OTHER_SEED = 3, 1_000  # an episode that fails is played again that often, its seed moved by so much
 DREAM_STEPS = 45  # imagined in the video of the policy's dreams
@@ -84,7 +84,7 @@ class Episode(EpisodeStats):
 
 
 def filmed(episodes: Sequence[Episode]) -> Episode | None:
-    """The episode that has its rows and frames of them, if one has."""
+    """The episode that was filmed, if one was."""
     return next((episode for episode in episodes if episode.rows and episode.renders), None)
 
 
@@ -135,7 +135,7 @@ class Player:
         self.draws = Draws(torch.Generator(device).manual_seed(seed))
 
     def play(self, episodes: int, film: bool) -> list[Episode]:
-        """Those episodes that could be played, by number, the first ones with their rows; `film` films the first one.
+        """The episodes that could be played, by number, the first ones with their rows; `film` films the first one.
 
         Raises BrokenEnv if an environment can't be mended, or its process has ended.
         """

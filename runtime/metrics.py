@@ -24,7 +24,7 @@ class Panel:
     mean_of: int = 1  # if more than 1, the values are faint points, and the curve is their mean over so many
 
     def curves(self, names: Collection[str]) -> dict[str, str]:
-        """Those of the names that are curves of this panel, each with its label."""
+        """The curves of this panel among these names, each with its label."""
         found = {}
         for metric, label in self.metrics.items():
             matching = [name for name in names if _belongs(name, metric)]
