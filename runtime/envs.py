@@ -250,11 +250,12 @@ def build_errors() -> Iterator[None]:
         yield
     except ValueError as error:
         raise UserError(str(error)) from error
-    except RuntimeError as error:  # it can't render
+    except RuntimeError as error:  # the machine can't render
         raise Failure(str(error)) from error
     except SystemExit as error:
         raise Failure(f"the environment called sys.exit({error.code!r}) while it was built") from error
-    except (EOFError, ConnectionResetError, BrokenPipeError) as error:  # workers that import it and call `main` end
+    except (EOFError, ConnectionResetError, BrokenPipeError) as error:
+        # a worker ends if it imports a script that calls `main` at once
         guard = 'if __name__ == "__main__":'
         what = "a worker process ended at its start: see the error above, if there is one"
         raise UserError(f"{what}; a script that calls run.main needs `{guard}`") from error

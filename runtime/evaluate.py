@@ -44,7 +44,7 @@ Act = Callable[..., tuple[Tensor, ActState]]
 EVAL_SEED = 1_000_000  # of the evaluation env; its episodes are the same in every evaluation
 OWN_SEED = 2_000_000  # of `--eval`, whose episodes no evaluation of training has played
 EVAL_EPISODES = 20  # with --eval
-LAST_EVALUATION = 2  # the evaluation at a run's end has so many times the episodes of others
+LAST_EVALUATION = 2  # the last evaluation of a run has this many times eval_episodes
 EARLY = 4  # evaluations in `eval_every` once training episodes succeed, until all episodes of one do
 TRIES, OTHER_SEED = 3, 1_000  # an episode that fails is played again that often, its seed moved by so much
 DREAM_STEPS = 45  # imagined in the video of the policy's dreams
@@ -541,7 +541,7 @@ def evaluate_policy(path: Path, given: dict[str, Any], make_env: MakeEnv) -> Non
 
     `given` are the flags that were given. Failure if episodes could not be played.
     """
-    file = path / "policy.pt" if os.path.isdir(path) else path  # unlike path.is_dir, without an error of its own
+    file = path / "policy.pt" if os.path.isdir(path) else path  # unlike path.is_dir, it raises nothing
     policy, config = load_policy(file)
     check_fits_policy(given, config)
     config = dataclasses.replace(config, **{"eval_episodes": EVAL_EPISODES, **given})

@@ -93,7 +93,7 @@ class RunData:
         total = self.config.get("steps")
         cards = [("control steps" + (f" of {total:,}" if total else ""), f"{self.lines[-1]['env_step']:,}")]
         returns, success = self.series("eval/return_mean")[1], self.series("eval/success_rate")[1]
-        wanted = self.config.get("eval_episodes", 1)  # an incomplete evaluation says too little
+        wanted = self.config.get("eval_episodes", 1)  # episodes; an incomplete evaluation says too little
         whole = [x["eval/success_rate"] for x in self.lines if x.get("eval/episodes", 0) >= wanted]
         if len(returns):
             cards.append(("evaluation return, last", f"{returns[-1]:.1f}"))
