@@ -42,6 +42,7 @@ MAKE_OPTIONS = {  # of robosuite.make
     "ignore_done": True,  # the time limit is ours: what is left of `done` is a task that ends itself
     "hard_reset": False,  # milliseconds instead of seconds, and no leak
 }
+WORKPLACE_DROP = 0.1  # meters from the hand's first place down to where aimed cameras look
 RESTORED_BYTES = 1 << 20  # a reset restores the model's arrays below this size; above are meshes and textures
 
 
@@ -53,6 +54,7 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     controller      one of CONTROLLERS: "OSC_POSE" has 7 actions with the gripper, "OSC_POSITION" 4
     rotation_scale  a factor for the rotations of OSC_POSE; at 1, they are at most half a radian a control step
     cameras         names of the model's cameras, whose pictures are stacked as channels in this order
+    camera_radius   meters that the standing cameras are to show about the hand's workplace; 0: as the task has them
     image_size      height and width in pixels
     control_freq    control steps in a simulated second; must divide the physics rate (500 Hz or 200 Hz)
     action_repeat   control steps for which an action is held
@@ -82,6 +84,7 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         controller: str,
         rotation_scale: float = 1.0,
         cameras: Sequence[str],
+        camera_radius: float = 0.0,
         image_size: int,
         control_freq: float,
         action_repeat: int,
@@ -95,7 +98,7 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         _check_numbers(image_size, action_repeat, episode_steps, seed)
         _check_rates(control_freq, physics_step)
         _check_controller(controller, rotation_scale)
-        _check_cameras(cameras)
+        _check_cameras(cameras, camera_radius)
         mujoco, robosuite = _import_simulator()
         _check_names(task, robot)
         super().reset(seed=int(seed))
@@ -117,8 +120,10 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         _skip_observables(self._task)
         if _HeldGoal.fits(self._task):
             self._task._pre_action = _HeldGoal(mujoco, self._task)
-        self._pristine = _snapshot(sim.model._model)
         camera_ids = _camera_ids(sim.model, cameras)
+        if camera_radius:
+            _aim(mujoco, self._task, camera_ids, camera_radius)
+        self._pristine = _snapshot(sim.model._model)
         self._renderer = Renderer(mujoco, sim.model._model, sim.data._data, camera_ids, image_size)
 
         self._image_shape, self._action_shape = (3 * len(camera_ids), image_size, image_size), (self._task.action_dim,)
@@ -366,6 +371,31 @@ def _camera_ids(model: Any, cameras: Sequence[str]) -> list[int]:
     return [model.camera_name2id(camera) for camera in cameras]
 
 
+def _aim(mujoco: Any, task: Any, camera_ids: Sequence[int], radius: float) -> None:
+    """Turns the standing cameras to the place below the hand's first one, and narrows them to `radius` around it."""
+    model, robot = task.sim.model._model, task.robots[0]
+    data = mujoco.MjData(model)  # the arm's own first pose: a reset has moved it a little, at random
+    data.qpos[:] = task.sim.data.qpos
+    data.qpos[robot._ref_joint_pos_indexes] = robot.init_qpos
+    mujoco.mj_forward(model, data)
+    workplace = data.site_xpos[robot.eef_site_id["right"]] - (0, 0, WORKPLACE_DROP)
+    for camera in camera_ids:
+        body = model.cam_bodyid[camera]
+        if model.body_weldid[body] != 0:
+            continue
+        backward = data.cam_xpos[camera] - workplace  # a camera looks along its negative z axis
+        distance = np.linalg.norm(backward)
+        backward /= distance
+        right = np.cross((0, 0, 1), backward)
+        if np.linalg.norm(right) < 0.1:  # straight down, where that is any direction
+            right = data.cam_xmat[camera].reshape(3, 3)[:, 0]
+            right = right - backward * (right @ backward)
+        right /= np.linalg.norm(right)
+        turn = np.stack([right, np.cross(backward, right), backward], axis=1)
+        mujoco.mju_mat2Quat(model.cam_quat[camera], (data.xmat[body].reshape(3, 3).T @ turn).flatten())
+        model.cam_fovy[camera] = np.degrees(2 * np.arctan(radius / distance))
+
+
 def _check_numbers(image_size: int, action_repeat: int, episode_steps: int, seed: int) -> None:
     for name, value, least in (
         ("image_size", image_size, 1),
@@ -401,11 +431,13 @@ def _check_controller(controller: str, rotation_scale: float) -> None:
         raise ValueError(f"rotation_scale={rotation_scale!r}: use a number above 0 and at most 1")
 
 
-def _check_cameras(cameras: Sequence[str]) -> None:
+def _check_cameras(cameras: Sequence[str], camera_radius: float) -> None:
     if isinstance(cameras, str) or not cameras or not all(isinstance(camera, str) for camera in cameras):
         raise ValueError(f"cameras={cameras!r}: give one or more names, such as ('agentview',)")
     if len(set(cameras)) < len(cameras):
         raise ValueError(f"cameras={tuple(cameras)}: one is named twice")
+    if not isinstance(camera_radius, int | float) or camera_radius < 0:
+        raise ValueError(f"camera_radius={camera_radius!r}: use 0 or more")
 
 
 def _check_names(task: str, robot: str) -> None:

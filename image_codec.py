@@ -2,7 +2,7 @@
 
 Both build themselves for square images of 64 px (the author's layers), 32 px (one layer less) or 128 px (one more) with
 any number of channels. Inside, convolutions run in the channels-last memory format, in which CPUs and GPUs are fastest.
-Shapes: the legend is in train.py. For the networks, images are floats less a mean picture: `Encoder.preprocess`.
+Shapes: the legend is in train.py. Networks see images as `Encoder.preprocess` makes them.
 """
 
 import torch
@@ -18,20 +18,22 @@ DECODER_KERNELS = {
     128: (5, 5, 5, 6, 6),  # 1-5-13-29-62-128
 }
 IMAGE_SIZES = tuple(ENCODER_KERNELS)
+COLOR_FLOOR = 0.01  # added to a color's variance, of pixels in [0, 1], before whitening: much less is noise
 
 
 def check_image(size: int, channels: int) -> None:
     """Refuse images that there are no layers for (ValueError)."""
     if size not in IMAGE_SIZES:
         raise ValueError(f"image_size {size} is not supported: choose one of {', '.join(map(str, IMAGE_SIZES))}")
-    if channels < 1:
-        raise ValueError(f"an image needs at least one channel, got {channels}")
+    if channels < 3 or channels % 3:
+        raise ValueError(f"images need three channels for each camera, got {channels}")
 
 
 class Encoder(nn.Module):
     """image (..., C, H, W) -> embed (..., E): stride-2 convolutions without padding, doubling the channels."""
 
-    mean: Tensor  # (C, H, W), what is subtracted from pixels in [0, 1]: the author's 0.5 until `center`
+    mean: Tensor  # (C, H, W), what is subtracted from pixels in [0, 1]: the author's 0.5 until `normalize`
+    mix: Tensor  # (C, C), what the channels are then multiplied by: the identity until then
 
     def __init__(self, size: int, channels: int, depth: int):
         super().__init__()
@@ -44,20 +46,44 @@ class Encoder(nn.Module):
         self.embed_size = widths[-1] * 2 * 2  # the last map is 2 x 2 for all sizes
         middle = torch.full((1, *self.shape), 0.5).contiguous(memory_format=torch.channels_last)[0]
         self.register_buffer("mean", middle)
+        self.register_buffer("mix", torch.eye(channels))
         self.apply(init_weights)
         nn.utils.convert_conv2d_weight_memory_format(self, torch.channels_last)
 
-    def center(self, image: Tensor) -> None:
-        """From now on, subtract the mean picture of these uint8 images (T, B, C, H, W)."""
-        self.mean.copy_(image.float().mean((0, 1)) / 255)
+    @torch.no_grad()
+    def normalize(self, image: Tensor, whiten: bool) -> None:
+        """From now on, subtract the mean picture of these uint8 images (T, B, C, H, W), and perhaps whiten colors.
+
+        In robots' scenes nearly all variance is that of brightness: what tells a red cube from a green one is a
+        hundredth of it. Whitened, colors vary about as much. The total variance stays, so that the image loss keeps its
+        weight among the losses.
+        """
+        pixels = image.float() / 255
+        self.mean.copy_(pixels.mean((0, 1)))
+        if whiten:
+            colors = (pixels - self.mean).unflatten(2, (-1, 3)).movedim(3, -1).reshape(-1, 3)
+            variance, axes = torch.linalg.eigh((colors.T @ colors / len(colors)).cpu())
+            gain = (variance + COLOR_FLOOR).rsqrt()
+            total, whitened = variance.sum(), (variance * gain.square()).sum()
+            gain = gain * (total.clamp(min=1e-8) / whitened.clamp(min=1e-8)).sqrt()
+            self.mix.copy_(torch.block_diag(*[axes * gain @ axes.T] * (self.shape[0] // 3)))
 
     def preprocess(self, image: Tensor) -> Tensor:
-        """uint8 images (..., C, H, W) -> float32, in [0, 1] less `mean`; the one place where pixels become floats.
+        """uint8 images (..., C, H, W) -> float32, normalized; the one place where pixels become floats.
 
         Here they also take the channels-last order in memory, while a pixel is still a byte: no later step copies them.
         """
         flat = image.reshape(-1, *self.shape).contiguous(memory_format=torch.channels_last)
-        return flat.float().div_(255).sub_(self.mean).reshape(image.shape)
+        return self._mixed(flat.float().div_(255).sub_(self.mean), self.mix).reshape(image.shape)
+
+    def picture(self, image: Tensor) -> Tensor:
+        """Preprocessed images (..., C, H, W) as pixels in [0, 1]."""
+        return self._mixed(image, torch.linalg.inv(self.mix.cpu()).to(image.device)) + self.mean
+
+    def _mixed(self, image: Tensor, mix: Tensor) -> Tensor:
+        """Channels of (..., C, H, W) multiplied by (C, C), in float32."""
+        with torch.autocast(image.device.type, enabled=False):
+            return F.conv2d(image.reshape(-1, *self.shape), mix[:, :, None, None]).reshape(image.shape)
 
     def forward(self, image: Tensor) -> Tensor:
         """Preprocessed images (..., C, H, W) -> (..., E)."""

@@ -73,6 +73,7 @@ class Config:
     controller: Env[Fixed[str]] = "OSC_POSE"  # OSC_POSE, OSC_POSITION (without turns), JOINT_POSITION or JOINT_TORQUE
     rotation_scale: Env[Fixed[PositiveShare]] = 0.02  # commands that turn the hand are multiplied by this number
     cameras: Env[Fixed[tuple[str, ...]]] = ("agentview", "sideview", "robot0_eye_in_hand")  # the cameras of the agent
+    camera_radius: Env[Fixed[Weight]] = 0.0  # meters that standing cameras show of the workplace; 0: RoboSuite's own
     image_size: Env[Fixed[Literal[32, 64, 128]]] = 64  # height and width of a camera picture, in pixels
     control_freq: Env[Positive] = 20  # control steps in a second of simulated time; must divide the physics rate
     action_repeat: Env[Fixed[Count]] = 2  # control steps for which the robot holds each action of the agent
@@ -111,7 +112,7 @@ class Config:
     batch_length: Count = 50  # agent steps in a sequence
 
     # world model
-    center_images: Fixed[bool] = True  # subtract the first batch's mean picture from images; if false, 0.5
+    image_norm: Fixed[Literal["none", "mean", "white"]] = "white"  # subtract 0.5 or the mean picture, or whiten as well
     cnn_depth: Size = 48  # channels of the encoder's first convolution; the number doubles in each later one
     deter: Size = 200  # size of the GRU state
     hidden: Size = 200  # units of the layers that lead into the GRU and to the prior and the posterior
@@ -239,6 +240,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "rotation_scale": 1.0,
         "cameras": ("agentview",),
+        "camera_radius": 0.0,
         "episode_steps": 500,
         "steps": 1_000_000,
         "eval_steps": 0,
@@ -247,7 +249,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "replay_focus": 0.0,
         "held_actions": 0.0,
         "greedy_episodes": 0.0,
-        "center_images": False,
+        "image_norm": "none",
         "discount_head": False,
         "grad_heads": ("decoder", "reward"),
         "reward_scale": 1.0,
@@ -267,6 +269,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 TASKS: dict[str, dict[str, Any]] = {  # constants that a task replaces, unless a preset or a flag does
     "Door": {"cameras": ("sideview", "robot0_eye_in_hand")},  # agentview hardly shows its door and the hand
+    "Stack": {"camera_radius": 0.3},  # from where RoboSuite has them, the cubes are two pixels wide
     "PickPlaceCan": {"cameras": ("robot0_robotview", "robot0_eye_in_hand")},  # in agentview the can is 3 pixels wide
 }
 
@@ -437,7 +440,7 @@ class WorldModel(nn.Module):
 
     def decode(self, feat: Tensor) -> Prediction:
         """What the model expects in the states of these features (T, B, F)."""
-        return Prediction(self.decoder(feat).mean + self.encoder.mean, self.reward(feat).mean)
+        return Prediction(self.encoder.picture(self.decoder(feat).mean), self.reward(feat).mean)
 
     def _frames(self, feat: Tensor, image: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """The frames to decode: all of them, or a random part, which leaves the mean loss unbiased."""
@@ -712,9 +715,9 @@ class Dreamer:
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One update of everything on a batch (T, B, ...) on the agent's device. Returns detached scalars."""
-        if self.updates == 0 and self.config.center_images:
+        if self.updates == 0 and self.config.image_norm != "none":
             for encoder in self.world_model.encoder, self.averaged.encoder:
-                encoder.center(batch.image)
+                encoder.normalize(batch.image, whiten=self.config.image_norm == "white")
         self.behavior.set_entropy_weight(self.updates)
         post, metrics = self.model_gradients(batch)
         metrics = metrics | {"model/grad_norm": self.model_optimizer.step()}

@@ -122,9 +122,9 @@ def dream_video(
     image = np.concatenate([seen, dream])
 
     def header(t: int) -> tuple[str, Color]:
-        words, color = _phase(t, len(seen))
-        beyond = t - len(seen) + 1 > horizon
-        return (f"{words}, beyond the horizon of {horizon}", GRAY) if beyond else (words, color)
+        step = t - len(seen) + 1
+        beyond = f"step {step}, beyond the horizon of {horizon}"  # short enough to stand over two columns
+        return (beyond, GRAY) if step > horizon else _phase(t, len(seen))
 
     def footer(t: int) -> list[str]:
         return [f"{x:.2f}" for x in reward[t - len(seen)]] if t >= len(seen) else [""] * image.shape[1]

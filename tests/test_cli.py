@@ -58,6 +58,8 @@ def test_flag_beats_preset_beats_config():
 
 def test_a_task_may_have_cameras_of_its_own():
     """Door's are not Lift's, the preset and the flag come before the task, and every entry names constants."""
+    assert cli.parse(["--preset", "cpu", "--task", "Stack"]).config.camera_radius == 0.3
+    assert cli.parse(["--preset", "paper", "--task", "Stack"]).config.camera_radius == 0
     door = TASKS["Door"]["cameras"]
     assert cli.parse(["--preset", "cpu", "--task", "Door"]).config.cameras == door != Config().cameras
     assert cli.parse(["--preset", "paper", "--task", "Door"]).config.cameras == PRESETS["paper"]["cameras"]

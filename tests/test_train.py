@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from image_codec import Encoder
 from networks import LOG_2PI, Draws
 from rssm import RSSMState
 from runtime.cli import check_config
@@ -128,26 +129,29 @@ def test_lambda_return_limits():
 # world model
 
 
-def test_first_update_centers_images():
-    """The first update takes the mean picture of its batch, for the averaged policy too; later ones keep it."""
-    dreamer = tiny_dreamer(tiny_config(center_images=True))
+def test_first_update_whitens_images():
+    """The first update whitens by its batch, for the averaged policy too; later ones change nothing."""
+    dreamer = tiny_dreamer(tiny_config(image_norm="white"))
     batch, other = (random_batch(dreamer.config, seed) for seed in (0, 1))
     batch = batch._replace(image=batch.image // 8)
     encoders = dreamer.world_model.encoder, dreamer.averaged.encoder
     assert all((encoder.mean == 0.5).all() for encoder in encoders)
-    mean = batch.image.float().mean((0, 1)) / 255
+    expected = Encoder(64, 3, 4)
+    expected.normalize(batch.image, whiten=True)
     for update in batch, other:
         dreamer.train_step(update)
-        assert all(torch.equal(encoder.mean, mean) for encoder in encoders)
+        for encoder in encoders:
+            assert torch.equal(encoder.mean, expected.mean) and torch.equal(encoder.mix, expected.mix)
     dark = dreamer.world_model.predict(batch, dreamer.draws).image
-    assert float(dark.mean()) == pytest.approx(float(mean.mean()), abs=0.05)  # pictures have the mean back
+    assert float(dark.mean()) == pytest.approx(float(expected.mean.mean()), abs=0.05)  # pictures have the mean back
 
 
 def test_paper_subtracts_a_half():
-    """Without `center_images`, pixels are those of the author, from -0.5 to 0.5."""
-    dreamer = tiny_dreamer(tiny_config(center_images=False))
+    """Without `image_norm`, pixels are those of the author, from -0.5 to 0.5."""
+    dreamer = tiny_dreamer(tiny_config(image_norm="none"))
     dreamer.train_step(random_batch(dreamer.config))
-    assert (dreamer.world_model.encoder.mean == 0.5).all() and (dreamer.averaged.encoder.mean == 0.5).all()
+    for encoder in dreamer.world_model.encoder, dreamer.averaged.encoder:
+        assert (encoder.mean == 0.5).all() and torch.equal(encoder.mix, torch.eye(3))
 
 
 def test_parameter_counts():
