@@ -125,7 +125,7 @@ class Config:
     discount_head: Fixed[bool] = True  # learn where episodes terminate; if false, the discount is constant
     grad_heads: Heads = ("decoder", "reward", "discount")  # heads whose gradients shape the latent state
     reward_norm: bool = False  # divide the rewards that the model learns by their spread: for very large or small ones
-    reward_transform: Literal["none", "tanh"] = "none"  # tanh: the model learns the tanh of each reward
+    reward_transform: Literal["none", "tanh", "sqrt"] = "none"  # what the model learns of each reward: its tanh or root
     reward_scale: Weight = 100.0  # weight of the reward loss; with reward_norm, 10 is about right
     discount_scale: Weight = 1.0  # weight of the discount loss
     kl_scale: Weight = 1.0  # weight of the KL loss
@@ -398,12 +398,16 @@ class WorldModel(nn.Module):
     def learned_reward(self, reward: Tensor) -> Tensor:
         """The environment's rewards (...) as the reward head learns them (...): divided by their size, if so asked."""
         reward = reward / self.reward_size()
-        return reward.tanh() if self.config.reward_transform == "tanh" else reward
+        if self.config.reward_transform == "tanh":
+            return reward.tanh()
+        return reward.sign() * reward.abs().sqrt() if self.config.reward_transform == "sqrt" else reward
 
     def true_reward(self, learned: Tensor) -> Tensor:
         """The environment's rewards (...) that `learned_reward` would turn into these."""
         if self.config.reward_transform == "tanh":
             learned = learned.clamp(-ALMOST_ONE, ALMOST_ONE).atanh()
+        if self.config.reward_transform == "sqrt":
+            learned = learned * learned.abs()
         return learned * self.reward_size()
 
     def reward_size(self) -> Tensor:

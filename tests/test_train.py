@@ -246,7 +246,13 @@ def test_reward_transform():
     assert model.reward.out.bias.grad.abs().item() < 1e-6
 
 
-@pytest.mark.parametrize("transform", ["none", "tanh"])
+def test_reward_root():
+    """With `sqrt` the model learns a reward's root, with the reward's sign."""
+    model = tiny_dreamer(tiny_config(reward_transform="sqrt")).world_model
+    assert model.learned_reward(torch.tensor([-4.0, 0.0, 0.25])).tolist() == [-2.0, 0.0, 0.5]
+
+
+@pytest.mark.parametrize("transform", ["none", "tanh", "sqrt"])
 def test_what_the_model_learns_can_be_told_in_the_environments_rewards(transform):
     """Also where a prediction lies beyond what tanh can give."""
     model = tiny_dreamer(tiny_config(reward_transform=transform, reward_norm=True)).world_model
