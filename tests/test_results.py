@@ -33,10 +33,12 @@ def fixture_tables(request):
 
 
 def test_the_tables_have_their_columns():
-    """A reader of the csv files finds the same columns in both parts."""
+    """A reader of the csv files finds the same columns in both parts, and as many values in every line."""
     for runs, curves in TABLES.values():
         for path, columns in ((runs, add.RUN), *((curve, add.CURVE) for curve in curves)):
-            assert tuple(next(csv.reader(path.open(newline="")))) == columns
+            lines = list(csv.reader(path.open(newline="")))
+            assert tuple(lines[0]) == columns
+            assert {len(line) for line in lines} == {len(columns)}
 
 
 def test_every_run_has_a_curve(tables):
