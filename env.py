@@ -436,7 +436,7 @@ def _check_cameras(cameras: Sequence[str], camera_radius: float) -> None:
         raise ValueError(f"cameras={cameras!r}: give one or more names, such as ('agentview',)")
     if len(set(cameras)) < len(cameras):
         raise ValueError(f"cameras={tuple(cameras)}: one is named twice")
-    if not isinstance(camera_radius, int | float) or camera_radius < 0:
+    if not isinstance(camera_radius, int | float) or not 0 <= camera_radius < float("inf"):
         raise ValueError(f"camera_radius={camera_radius!r}: use 0 or more")
 
 

@@ -1,7 +1,7 @@
 """Convolutional encoder and decoder of the world model (DreamerV2, appendix, after Ha & Schmidhuber).
 
 Both build themselves for square images of 64 px (the author's layers), 32 px (one layer less) or 128 px (one more) with
-any number of channels. Inside, convolutions run in the channels-last memory format, in which CPUs and GPUs are fastest.
+three channels for each camera. Inside, convolutions run in the channels-last memory format, in which CPUs and GPUs are fastest.
 Shapes: the legend is in train.py. Networks see images as `Encoder.preprocess` makes them.
 """
 

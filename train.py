@@ -269,7 +269,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 TASKS: dict[str, dict[str, Any]] = {  # constants that a task replaces, unless a preset or a flag does
     "Door": {"cameras": ("sideview", "robot0_eye_in_hand")},  # agentview hardly shows its door and the hand
-    "Stack": {"camera_radius": 0.3},  # from where RoboSuite has them, the cubes are two pixels wide
+    "Stack": {"camera_radius": 0.3},  # in RoboSuite's sideview, the red cube is one pixel wide at 32 pixels
     "PickPlaceCan": {"cameras": ("robot0_robotview", "robot0_eye_in_hand")},  # in agentview the can is 3 pixels wide
 }
 

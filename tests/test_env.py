@@ -69,6 +69,7 @@ def test_make_env_can_be_pickled():
         ({"cameras": ("agentview", "sidevew")}, "cameras: unknown 'sidevew'.*frontview.*sideview"),
         ({"camera_radius": -0.1}, "camera_radius=-0.1: use 0 or more"),
         ({"camera_radius": "near"}, "camera_radius='near'"),
+        ({"camera_radius": float("nan")}, "camera_radius=nan"),
         ({"image_size": 0}, "image_size=0"),
         ({"image_size": 64.0}, "image_size=64.0"),
         ({"action_repeat": 0}, "action_repeat=0"),

@@ -147,7 +147,7 @@ def test_first_update_whitens_images():
 
 
 def test_paper_subtracts_a_half():
-    """Without `image_norm`, pixels are those of the author, from -0.5 to 0.5."""
+    """With `image_norm` none, pixels are those of the author, from -0.5 to 0.5."""
     dreamer = tiny_dreamer(tiny_config(image_norm="none"))
     dreamer.train_step(random_batch(dreamer.config))
     for encoder in dreamer.world_model.encoder, dreamer.averaged.encoder:
