@@ -1,8 +1,8 @@
 """Convolutional encoder and decoder of the world model (DreamerV2, appendix, after Ha & Schmidhuber).
 
 Both build themselves for square images of 64 px (the author's layers), 32 px (one layer less) or 128 px (one more) with
-three channels for each camera. Inside, convolutions run in the channels-last memory format, in which CPUs and GPUs are fastest.
-Shapes: the legend is in train.py. Networks see images as `Encoder.preprocess` makes them.
+three channels for each camera. Inside, convolutions run in the channels-last memory format, in which CPUs and GPUs are
+fastest. Shapes: the legend is in train.py. Networks see images as `Encoder.preprocess` makes them.
 """
 
 import torch
@@ -33,12 +33,12 @@ class Encoder(nn.Module):
     """image (..., C, H, W) -> embed (..., E): stride-2 convolutions without padding, doubling the channels."""
 
     mean: Tensor  # (C, H, W), what is subtracted from pixels in [0, 1]: the author's 0.5 until `normalize`
-    mix: Tensor  # (C, C), what the channels are then multiplied by: the identity until then
+    mix: Tensor  # (C, C), what the channels are then multiplied by if they are whitened: the identity until `normalize`
 
-    def __init__(self, size: int, channels: int, depth: int):
+    def __init__(self, size: int, channels: int, depth: int, whiten: bool = False):
         super().__init__()
         check_image(size, channels)
-        self.shape = (channels, size, size)
+        self.shape, self.whiten = (channels, size, size), whiten
         widths = [channels] + [depth * 2**i for i in range(len(ENCODER_KERNELS[size]))]
         self.conv = nn.ModuleList(
             nn.Conv2d(a, b, k, stride=2) for a, b, k in zip(widths[:-1], widths[1:], ENCODER_KERNELS[size], strict=True)
@@ -46,13 +46,14 @@ class Encoder(nn.Module):
         self.embed_size = widths[-1] * 2 * 2  # the last map is 2 x 2 for all sizes
         middle = torch.full((1, *self.shape), 0.5).contiguous(memory_format=torch.channels_last)[0]
         self.register_buffer("mean", middle)
-        self.register_buffer("mix", torch.eye(channels))
+        if whiten:
+            self.register_buffer("mix", torch.eye(channels))
         self.apply(init_weights)
         nn.utils.convert_conv2d_weight_memory_format(self, torch.channels_last)
 
     @torch.no_grad()
-    def normalize(self, image: Tensor, whiten: bool) -> None:
-        """From now on, subtract the mean picture of these uint8 images (T, B, C, H, W), and perhaps whiten colors.
+    def normalize(self, image: Tensor) -> None:
+        """From now on, subtract the mean picture of these uint8 images (T, B, C, H, W), and whiten if asked to.
 
         In robots' scenes nearly all variance is that of brightness: what tells a red cube from a green one is a
         hundredth of it. Whitened, colors vary about as much. The total variance stays, so that the image loss keeps its
@@ -60,7 +61,7 @@ class Encoder(nn.Module):
         """
         pixels = image.float() / 255
         self.mean.copy_(pixels.mean((0, 1)))
-        if whiten:
+        if self.whiten:
             colors = (pixels - self.mean).unflatten(2, (-1, 3)).movedim(3, -1).reshape(-1, 3)
             variance, axes = torch.linalg.eigh((colors.T @ colors / len(colors)).cpu())
             gain = (variance + COLOR_FLOOR).rsqrt()
@@ -74,11 +75,14 @@ class Encoder(nn.Module):
         Here they also take the channels-last order in memory, while a pixel is still a byte: no later step copies them.
         """
         flat = image.reshape(-1, *self.shape).contiguous(memory_format=torch.channels_last)
-        return self._mixed(flat.float().div_(255).sub_(self.mean), self.mix).reshape(image.shape)
+        floats = flat.float().div_(255).sub_(self.mean)
+        return (self._mixed(floats, self.mix) if self.whiten else floats).reshape(image.shape)
 
     def picture(self, image: Tensor) -> Tensor:
         """Preprocessed images (..., C, H, W) as pixels in [0, 1]."""
-        return self._mixed(image, torch.linalg.inv(self.mix.cpu()).to(image.device)) + self.mean
+        if self.whiten:
+            image = self._mixed(image, torch.linalg.inv(self.mix.cpu()).to(image.device))
+        return image + self.mean
 
     def _mixed(self, image: Tensor, mix: Tensor) -> Tensor:
         """Channels of (..., C, H, W) multiplied by (C, C), in float32."""

@@ -324,7 +324,7 @@ class WorldModel(nn.Module):
         super().__init__()
         c = self.config = config
         channels, size = image_shape[0], image_shape[1]
-        self.encoder = Encoder(size, channels, c.cnn_depth)
+        self.encoder = Encoder(size, channels, c.cnn_depth, whiten=c.image_norm == "white")
         self.rssm = build_rssm(c, self.encoder.embed_size, action_size)
         self.decoder = Decoder(self.rssm.feat_size, size, channels, c.cnn_depth)
         self.reward = Head(self.rssm.feat_size, c.reward_layers, c.reward_units, UnitNormal)
@@ -563,7 +563,7 @@ class Policy(nn.Module):
     @classmethod
     def build(cls, config: Config, image_shape: tuple[int, int, int], action_size: int) -> "Policy":
         """A freshly initialized policy, for weights that are loaded next."""
-        encoder = Encoder(image_shape[1], image_shape[0], config.cnn_depth)
+        encoder = Encoder(image_shape[1], image_shape[0], config.cnn_depth, config.image_norm == "white")
         rssm = build_rssm(config, encoder.embed_size, action_size)
         return cls(encoder, rssm, build_actor(config, rssm.feat_size, action_size), config.eval_action)
 
@@ -721,7 +721,7 @@ class Dreamer:
         """One update of everything on a batch (T, B, ...) on the agent's device. Returns detached scalars."""
         if self.updates == 0 and self.config.image_norm != "none":
             for encoder in self.world_model.encoder, self.averaged.encoder:
-                encoder.normalize(batch.image, whiten=self.config.image_norm == "white")
+                encoder.normalize(batch.image)
         self.behavior.set_entropy_weight(self.updates)
         post, metrics = self.model_gradients(batch)
         metrics = metrics | {"model/grad_norm": self.model_optimizer.step()}

@@ -51,9 +51,9 @@ def test_whitening():
     torch.manual_seed(0)
     gray = torch.randint(0, 200, (4, 8, 2, 1, 32, 32))
     image = (gray + torch.randint(0, 40, (4, 8, 2, 3, 32, 32))).flatten(2, 3).to(torch.uint8)
-    encoder = Encoder(32, 6, 4)
+    encoder = Encoder(32, 6, 4, whiten=True)
     before = encoder.preprocess(image).sub(image.float().mean((0, 1)) / 255 - 0.5)
-    encoder.normalize(image, whiten=True)
+    encoder.normalize(image)
     after = encoder.preprocess(image)
     assert after.mean((0, 1)).abs().max() < 1e-5
     assert float(after.square().mean()) == pytest.approx(float(before.square().mean()), rel=1e-3)
@@ -72,15 +72,15 @@ def test_mean_picture_alone():
     torch.manual_seed(0)
     image = torch.randint(0, 256, (4, 8, 6, 32, 32), dtype=torch.uint8)
     encoder = Encoder(32, 6, 4)
-    encoder.normalize(image, whiten=False)
+    encoder.normalize(image)
     assert torch.allclose(encoder.preprocess(image), image / 255 - (image / 255).mean((0, 1)), atol=1e-6)
 
 
 def test_whitening_of_a_still_picture():
     """Images that are all the same have nothing to whiten, and no NaN comes of it."""
-    encoder = Encoder(32, 3, 4)
+    encoder = Encoder(32, 3, 4, whiten=True)
     image = torch.full((2, 2, 3, 32, 32), 7, dtype=torch.uint8)
-    encoder.normalize(image, whiten=True)
+    encoder.normalize(image)
     assert encoder.preprocess(image).abs().max() < 1e-6
     assert torch.allclose(encoder.picture(torch.zeros(1, 3, 32, 32)), torch.full((1, 3, 32, 32), 7 / 255))
 

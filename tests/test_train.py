@@ -136,8 +136,8 @@ def test_first_update_whitens_images():
     batch = batch._replace(image=batch.image // 8)
     encoders = dreamer.world_model.encoder, dreamer.averaged.encoder
     assert all((encoder.mean == 0.5).all() for encoder in encoders)
-    expected = Encoder(64, 3, 4)
-    expected.normalize(batch.image, whiten=True)
+    expected = Encoder(64, 3, 4, whiten=True)
+    expected.normalize(batch.image)
     for update in batch, other:
         dreamer.train_step(update)
         for encoder in encoders:
@@ -151,7 +151,9 @@ def test_paper_subtracts_a_half():
     dreamer = tiny_dreamer(tiny_config(image_norm="none"))
     dreamer.train_step(random_batch(dreamer.config))
     for encoder in dreamer.world_model.encoder, dreamer.averaged.encoder:
-        assert (encoder.mean == 0.5).all() and torch.equal(encoder.mix, torch.eye(3))
+        assert (encoder.mean == 0.5).all() and "mix" not in encoder.state_dict()
+    image = torch.arange(256, dtype=torch.uint8).repeat(48).reshape(3, 64, 64)
+    assert torch.equal(dreamer.world_model.encoder.preprocess(image), image / 255 - 0.5)
 
 
 def test_parameter_counts():
