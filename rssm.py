@@ -71,6 +71,8 @@ class GRUCell(nn.Module):
 class RSSM(nn.Module):
     """The world model's memory and its one-step dynamics."""
 
+    binary: Tensor  # (A,), 1 for an action of which only the sign counts, else 0
+
     def __init__(self, *, embed_size: int, action_size: int, deter: int, hidden: int, stoch: int, classes: int):
         super().__init__()
         self.deter, self.stoch, self.classes = deter, stoch, classes
@@ -84,6 +86,7 @@ class RSSM(nn.Module):
         self.obs_out = nn.Linear(deter + embed_size, hidden)
         self.obs_dist = nn.Linear(hidden, stats)
         self.apply(init_weights)
+        self.register_buffer("binary", torch.zeros(action_size))
 
     def initial(self, batch: int) -> RSSMState:
         """The state before anything was seen: zeros, not learned."""
@@ -106,7 +109,7 @@ class RSSM(nn.Module):
         keep = 1.0 - is_first.to(embed.dtype).unsqueeze(-1)
         # What does not depend on the state is computed for all steps at once: the action's part of the layer before
         # the GRU, and the embedding's part of the posterior's first layer, which is by far the larger one.
-        action_part = F.linear(action * keep, self.img_in.weight[:, self.stoch_size :], self.img_in.bias)
+        action_part = F.linear(self.obeyed(action) * keep, self.img_in.weight[:, self.stoch_size :], self.img_in.bias)
         embed_part = F.linear(embed, self.obs_out.weight[:, self.deter :], self.obs_out.bias)
         stoch_weight = low_precision(self.img_in.weight[:, : self.stoch_size])
         deter_weight = low_precision(self.obs_out.weight[:, : self.deter])
@@ -136,12 +139,16 @@ class RSSM(nn.Module):
         states, feats, actions = [start], [start.feat], []
         for _ in range(horizon):
             actions.append(policy(feats[-1]))
-            inputs = torch.cat([low_precision(states[-1].stoch), low_precision(actions[-1])], -1)
+            inputs = torch.cat([low_precision(states[-1].stoch), low_precision(self.obeyed(actions[-1]))], -1)
             deter = self.gru(F.elu(self.img_in(inputs)), states[-1].deter)
             stats = self.prior(deter)
             states.append(RSSMState(deter, self.sample(stats, draws), stats))
             feats.append(states[-1].feat)
         return states, torch.stack(feats), torch.stack([torch.zeros_like(actions[0]), *actions])
+
+    def obeyed(self, action: Tensor) -> Tensor:
+        """Actions (..., A) as the robot obeys them: binary ones by their sign. Their gradients are straight-through."""
+        return action + self.binary * (action.sign() - action).detach()
 
     def prior(self, deter: Tensor) -> Tensor:
         """Stats of the prior for deter (..., D)."""

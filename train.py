@@ -113,6 +113,7 @@ class Config:
 
     # world model
     image_norm: Fixed[Literal["none", "mean", "white"]] = "white"  # subtract 0.5 or the mean picture, or whiten as well
+    binary_gripper: Fixed[bool] = True  # the model sees the sign of a gripper's command: RoboSuite's obey nothing else
     cnn_depth: Size = 48  # channels of the encoder's first convolution; the number doubles in each later one
     deter: Size = 200  # size of the GRU state
     hidden: Size = 200  # units of the layers that lead into the GRU and to the prior and the posterior
@@ -250,6 +251,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "held_actions": 0.0,
         "greedy_episodes": 0.0,
         "image_norm": "none",
+        "binary_gripper": False,
         "discount_head": False,
         "grad_heads": ("decoder", "reward"),
         "reward_scale": 1.0,
@@ -688,6 +690,7 @@ class Dreamer:
         action_size: A.
         device: where parameters live and updates run.
         autocast_dtype: torch.bfloat16 for mixed precision (parameters and losses stay float32), or None.
+        gripper: whether the last action is a gripper's.
     """
 
     def __init__(
@@ -697,10 +700,12 @@ class Dreamer:
         action_size: int,
         device: torch.device | str = "cpu",
         autocast_dtype: torch.dtype | None = None,
+        gripper: bool = False,
     ):
         self.config, self.device, self.autocast_dtype = config, torch.device(device), autocast_dtype
         self.image_shape, self.action_size = image_shape, action_size
         self.world_model = WorldModel(config, image_shape, action_size).to(self.device)
+        self.world_model.rssm.binary[-1] = float(gripper and config.binary_gripper)
         feat_size = self.world_model.rssm.feat_size
         self.behavior = Behavior(config, feat_size, action_size).to(self.device)
         c = config

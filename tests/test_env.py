@@ -142,6 +142,16 @@ def test_check_env(lift):
     assert lift.metadata["gripper"] and lift.metadata["moves"] == 3
 
 
+def test_a_gripper_obeys_only_the_sign_of_its_command(lift):
+    """Commands of 0.05 and 1 close the fingers alike, -0.05 opens them: the model need not see more than the sign."""
+    pictures = []
+    for command in (1, 0.05, -0.05):
+        lift.reset(seed=3)
+        pictures.append([lift.step(np.array([0, 0, 0, 0, 0, 0, command]))[0] for _ in range(5)])
+    np.testing.assert_array_equal(pictures[0], pictures[1])
+    assert (pictures[0][-1] != pictures[2][-1]).any()
+
+
 def test_step_needs_a_running_episode_and_a_sound_action(lift):
     """Steps before a reset or after the end, wrong shapes, NaN and unknown options are refused."""
     play(lift, 0)

@@ -109,6 +109,25 @@ def test_action_leads_to_the_state_of_its_own_row(classes):
 
 
 @both_latents
+def test_of_a_binary_action_only_the_sign_is_seen(classes):
+    """Observed or imagined, a binary action does what its sign does; its gradient is the sign's (straight-through)."""
+    rssm = make_rssm(classes)
+    rssm.binary[-1] = 1
+    embed, action, is_first = sequence()
+    size, sign = (torch.cat([action[..., :-1], last], -1) for last in (action[..., -1:] / 3, action[..., -1:].sign()))
+    ours, other = (rssm.observe(embed, a, is_first, seeded())[0] for a in (size, sign))
+    assert_equal_states(ours, other, 1e-5)
+    start, gradients = some_state(rssm).detach(), []
+    for a in size[0].clone().requires_grad_(), sign[0].clone().requires_grad_():
+        imagine_step(rssm, start, a, seeded()).deter.sum().backward()
+        gradients.append(a.grad)
+    assert torch.allclose(*gradients, atol=1e-5) and (gradients[0][:, -1] != 0).all()
+    assert_equal_states(*(imagine_step(rssm, start, a[0], seeded()) for a in (size, sign)), 1e-5)
+    flipped = imagine_step(rssm, start, size[0] * torch.tensor([1.0, -1.0]), seeded())
+    assert (imagine_step(rssm, start, size[0], seeded()).deter - flipped.deter).abs().max() > 1e-3
+
+
+@both_latents
 def test_prior_is_blind_to_its_image_and_posterior_is_not(classes):
     """embed[t] changes the posterior at t but the prior only from t + 1 on."""
     rssm = make_rssm(classes)

@@ -385,6 +385,13 @@ def test_nothing_is_held_where_no_action_is_known(tmp_path, capsys):
     assert same(*agents)
 
 
+def test_the_model_knows_of_the_gripper(tmp_path):
+    """What the environment's metadata say of a gripper reaches the model and `policy.pt`."""
+    assert train(tmp_path / "run") == 0
+    policy, _ = checkpoint.load_policy(tmp_path / "run" / "policy.pt")
+    assert policy.rssm.binary[-1] == newest(tmp_path / "run")["agent"]["world_model"]["rssm.binary"][-1] == 1
+
+
 @pytest.mark.parametrize("other", ["thesis.tex", "config.json"])
 def test_a_folder_that_is_no_run_is_not_touched(other, tmp_path, capsys):
     """--run_dir on a folder with other things in it is refused, also where one has the name of ours."""

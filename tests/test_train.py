@@ -156,6 +156,14 @@ def test_paper_subtracts_a_half():
     assert torch.equal(dreamer.world_model.encoder.preprocess(image), image / 255 - 0.5)
 
 
+@pytest.mark.parametrize(("gripper", "constant"), [(True, True), (True, False), (False, True)])
+def test_a_grippers_action_is_binary(gripper, constant):
+    """If there is a gripper and the constant says so, the last action is binary, for the averaged policy too."""
+    dreamer = tiny_dreamer(tiny_config(binary_gripper=constant), gripper=gripper)
+    for network in dreamer.world_model, dreamer.policy, dreamer.averaged:
+        assert network.rssm.binary.tolist() == [0.0] * (ACTION_SIZE - 1) + [float(gripper and constant)]
+
+
 def test_parameter_counts():
     """At the author's dmc_vision sizes, parameters number what the author's do."""
     dreamer = Dreamer(Config(discount_head=False), (3, 64, 64), action_size=7)
