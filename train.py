@@ -113,7 +113,7 @@ class Config:
 
     # world model
     image_norm: Fixed[Literal["none", "mean", "white"]] = "white"  # subtract 0.5 or the mean picture, or whiten as well
-    binary_gripper: Fixed[bool] = True  # the model sees the sign of a gripper's command: RoboSuite's obey nothing else
+    binary_gripper: Fixed[bool] = True  # the model sees only the sign of a gripper's command, as the gripper does
     cnn_depth: Size = 48  # channels of the encoder's first convolution; the number doubles in each later one
     deter: Size = 200  # size of the GRU state
     hidden: Size = 200  # units of the layers that lead into the GRU and to the prior and the posterior
