@@ -25,11 +25,6 @@ class ActionDistribution(abc.ABC):
 
     layers: ClassVar[tuple[str, ...]] = ("out", "std")
 
-    @classmethod
-    def with_sample_gradient(cls, gradient: str) -> "type[ActionDistribution]":
-        """The class whose samples have this `Config.trunc_normal_gradient`, if it knows more than one."""
-        return cls
-
     @abc.abstractmethod
     def __init__(self, *raw: Tensor): ...
 
@@ -68,10 +63,6 @@ class TruncNormal(ActionDistribution):
         self.std = 2 * (raw_std.float() / 2).sigmoid() + MIN_STD
         self.low, self.high = (-1 - self.loc) / self.std, (1 - self.loc) / self.std
         self.mass = torch.special.ndtr(self.high) - torch.special.ndtr(self.low)
-
-    @classmethod
-    def with_sample_gradient(cls, gradient: str) -> type[ActionDistribution]:
-        return {"straight_through": TruncNormal, "exact": ExactTruncNormal}[gradient]
 
     @property
     def mode(self) -> Tensor:
@@ -151,6 +142,7 @@ def _density(z: Tensor) -> Tensor:
 
 
 DISTRIBUTIONS: dict[str, type[ActionDistribution]] = {"trunc_normal": TruncNormal, "tanh_normal": TanhNormal}
+EXACT: dict[type[ActionDistribution], type[ActionDistribution]] = {TruncNormal: ExactTruncNormal}
 
 
 class Actor(nn.Module):
@@ -161,10 +153,12 @@ class Actor(nn.Module):
         sample_gradient: see `Config.trunc_normal_gradient`; distributions with only one gradient ignore it.
     """
 
-    def __init__(self, *, feat_size: int, action_size: int, layers: int, units: int, dist: str, sample_gradient: str):
+    def __init__(self, feat_size: int, action_size: int, layers: int, units: int, dist: str, sample_gradient: str):
         super().__init__()
         self.action_size = action_size
-        self.distribution = DISTRIBUTIONS[dist].with_sample_gradient(sample_gradient)
+        self.distribution = DISTRIBUTIONS[dist]
+        if sample_gradient == "exact":
+            self.distribution = EXACT.get(self.distribution, self.distribution)
         self.mlp = MLP(feat_size, layers, units)
         for name in self.distribution.layers:
             self.add_module(name, nn.Linear(self.mlp.size, action_size))

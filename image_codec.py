@@ -17,16 +17,7 @@ DECODER_KERNELS = {
     64: (5, 5, 6, 6),  # 1-5-13-30-64
     128: (5, 5, 5, 6, 6),  # 1-5-13-29-62-128
 }
-IMAGE_SIZES = tuple(ENCODER_KERNELS)
 COLOR_FLOOR = 0.01  # added to a color's variance, of pixels in [0, 1], before whitening: much less is noise
-
-
-def check_image(size: int, channels: int) -> None:
-    """Refuse images that there are no layers for (ValueError)."""
-    if size not in IMAGE_SIZES:
-        raise ValueError(f"image_size {size} is not supported: choose one of {', '.join(map(str, IMAGE_SIZES))}")
-    if channels < 3 or channels % 3:
-        raise ValueError(f"images need three channels for each camera, got {channels}")
 
 
 class Encoder(nn.Module):
@@ -37,7 +28,6 @@ class Encoder(nn.Module):
 
     def __init__(self, size: int, channels: int, depth: int, whiten: bool = False):
         super().__init__()
-        check_image(size, channels)
         self.shape, self.whiten = (channels, size, size), whiten
         widths = [channels] + [depth * 2**i for i in range(len(ENCODER_KERNELS[size]))]
         self.conv = nn.ModuleList(
@@ -104,7 +94,6 @@ class Decoder(nn.Module):
 
     def __init__(self, feat_size: int, size: int, channels: int, depth: int):
         super().__init__()
-        check_image(size, channels)
         self.shape = (channels, size, size)
         kernels = DECODER_KERNELS[size]
         start = 32 * depth * max(size // 64, 1)

@@ -73,7 +73,7 @@ class RSSM(nn.Module):
 
     binary: Tensor  # (A,), 1 for an action of which only the sign counts, else 0
 
-    def __init__(self, *, embed_size: int, action_size: int, deter: int, hidden: int, stoch: int, classes: int):
+    def __init__(self, embed_size: int, action_size: int, deter: int, hidden: int, stoch: int, classes: int):
         super().__init__()
         self.deter, self.stoch, self.classes = deter, stoch, classes
         self.stoch_size = stoch * max(classes, 1)
@@ -206,12 +206,12 @@ def kl_loss(
 ) -> tuple[Tensor, Tensor]:
     """Balanced KL (DreamerV2, algorithm 2): `balance` of the loss trains the prior, the rest the posterior.
 
-    A balance of exactly 0.5 is a case of its own, as in the author's code: see `plain_kl_loss`.
     `free` nats are not penalized: of the mean over all elements if `free_avg`, else of each element. Returns the
     loss, a scalar, and the plain KL of each element, (...) for stats of (..., S, K or 2).
     """
-    if balance == 0.5:
-        return plain_kl_loss(kl, post, prior, free=free)
+    if balance == 0.5:  # one plain KL, with free nats of each element: the author's special case, as recordings need it
+        value = kl(post, prior)
+        return value.clamp(min=free).mean(), value.detach()
     post_side = kl(post, prior.detach())
     prior_side = kl(post.detach(), prior)
     if free_avg:
@@ -219,17 +219,3 @@ def kl_loss(
     else:
         sides = post_side.clamp(min=free).mean(), prior_side.clamp(min=free).mean()
     return (1 - balance) * sides[0] + balance * sides[1], post_side.detach()
-
-
-# Only a `kl_balance` of exactly 0.5 needs what is below, as some recordings of the author's code do (tests/reference).
-
-
-def plain_kl_loss(
-    kl: Callable[[Tensor, Tensor], Tensor], post: Tensor, prior: Tensor, *, free: float
-) -> tuple[Tensor, Tensor]:
-    """The author's special case of a balance of exactly 0.5: one KL that trains both sides in full.
-
-    Its free nats are those of each element, whatever `free_avg` says. Returns as `kl_loss` does.
-    """
-    value = kl(post, prior)
-    return value.clamp(min=free).mean(), value.detach()

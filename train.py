@@ -61,15 +61,15 @@ Heads = tuple[Literal["decoder", "reward", "discount"], ...]
 class Config:
     """The constants of a run. Edit them here, or give any of them as a flag: `python run.py --task Door`.
 
-    These are the preset `standard`; PRESETS below replaces some of them. A flag beats the preset, and the preset beats
-    this block. A control step is one action sent to the robot's controller; an agent step is one decision, which holds
-    for `action_repeat` control steps; an update is one `train_step`. Most types say which values are allowed; what
-    RoboSuite has to know is checked when an environment is built.
+    These are the preset `standard`; TASKS and PRESETS below replace some of them. A flag beats PRESETS, which beats
+    TASKS, which beats this block. A control step is one action sent to the robot's controller; an agent step is one
+    decision, which holds for `action_repeat` control steps; an update is one `train_step`. Most types say which values
+    are allowed; what RoboSuite has to know is checked when an environment is built.
     """
 
     # task
     task: Env[Fixed[str]] = "Lift"  # name of a single-arm RoboSuite task
-    robot: Env[Fixed[str]] = "Panda"  # name of a RoboSuite robot with one arm
+    robot: Env[Fixed[str]] = "Panda"  # name of a RoboSuite robot with one arm on a fixed base
     controller: Env[Fixed[str]] = "OSC_POSE"  # OSC_POSE, OSC_POSITION (without turns), JOINT_POSITION or JOINT_TORQUE
     rotation_scale: Env[Fixed[PositiveShare]] = 0.02  # commands that turn the hand are multiplied by this number
     cameras: Env[Fixed[tuple[str, ...]]] = ("agentview", "sideview", "robot0_eye_in_hand")  # the cameras of the agent
@@ -105,7 +105,7 @@ class Config:
     prefill: Count = 5_000  # agent steps of random actions before the first update
     pretrain: Whole = 100  # updates made at once after the prefill
     train_every: Annotated[float, Range(0.001)] = 5  # agent steps between two updates; may be a fraction
-    replay_focus: Share = 0.5  # share of a batch, half of it from the newest tenth, half from the best 10 episodes
+    replay_focus: Share = 0.5  # share of a batch from the newest and the best tenth of the episodes, half of it each
     held_actions: Share = 0.5  # share of training episodes in which random commands are held; falls to 0 with success
     greedy_episodes: Share = 0.5  # share of training episodes without noise, times the success rate of the last 10
     batch_size: Count = 16  # sequences in a batch
@@ -327,7 +327,7 @@ class WorldModel(nn.Module):
         c = self.config = config
         channels, size = image_shape[0], image_shape[1]
         self.encoder = Encoder(size, channels, c.cnn_depth, whiten=c.image_norm == "white")
-        self.rssm = build_rssm(c, self.encoder.embed_size, action_size)
+        self.rssm = RSSM(self.encoder.embed_size, action_size, c.deter, c.hidden, c.stoch, c.classes)
         self.decoder = Decoder(self.rssm.feat_size, size, channels, c.cnn_depth)
         self.reward = Head(self.rssm.feat_size, c.reward_layers, c.reward_units, UnitNormal)
         self.register_buffer("reward_var", torch.zeros(()))
@@ -469,7 +469,7 @@ class Behavior(nn.Module):
     def __init__(self, config: Config, feat_size: int, action_size: int):
         super().__init__()
         c = self.config = config
-        self.actor = build_actor(c, feat_size, action_size)
+        self.actor = Actor(feat_size, action_size, c.actor_layers, c.actor_units, c.actor_dist, c.trunc_normal_gradient)
         self.value = Head(feat_size, c.value_layers, c.value_units, UnitNormal)
         self.target_value = copy.deepcopy(self.value).requires_grad_(False)
         self.register_buffer("return_range", torch.zeros(()))
@@ -543,10 +543,6 @@ class Behavior(nn.Module):
         done = min(updates / c.entropy_updates, 1.0) if c.entropy_updates else 0.0
         self.entropy_weight.fill_(c.actor_entropy ** (1 - done) * c.actor_entropy_final**done)
 
-    def update_target(self, fraction: float) -> None:
-        """Move the target value towards the critic; a fraction of 1 copies it."""
-        move_towards(self.target_value, self.value, fraction)
-
 
 class ActState(NamedTuple):
     """What the policy remembers between steps: the latent state and the action it chose last."""
@@ -565,9 +561,11 @@ class Policy(nn.Module):
     @classmethod
     def build(cls, config: Config, image_shape: tuple[int, int, int], action_size: int) -> "Policy":
         """A freshly initialized policy, for weights that are loaded next."""
-        encoder = Encoder(image_shape[1], image_shape[0], config.cnn_depth, config.image_norm == "white")
-        rssm = build_rssm(config, encoder.embed_size, action_size)
-        return cls(encoder, rssm, build_actor(config, rssm.feat_size, action_size), config.eval_action)
+        c = config
+        encoder = Encoder(image_shape[1], image_shape[0], c.cnn_depth, c.image_norm == "white")
+        rssm = RSSM(encoder.embed_size, action_size, c.deter, c.hidden, c.stoch, c.classes)
+        sizes = rssm.feat_size, action_size, c.actor_layers, c.actor_units
+        return cls(encoder, rssm, Actor(*sizes, c.actor_dist, c.trunc_normal_gradient), c.eval_action)
 
     def initial(self, batch: int) -> ActState:
         """The state before the first step."""
@@ -609,13 +607,6 @@ class Policy(nn.Module):
 MAX_SKIPPED_IN_A_ROW = 10  # updates; after that the run ends
 
 
-class ClippingAdamW(torch.optim.AdamW):
-    """AdamW whose fused kernel divides gradients by `grad_scale`, and skips a step whose `found_inf` is 1."""
-
-    grad_scale: Tensor  # ()
-    found_inf: Tensor  # ()
-
-
 class Optimizer:
     """Adam with global-norm clipping and decoupled decay, as the author's TensorFlow code computes them.
 
@@ -629,7 +620,7 @@ class Optimizer:
     def __init__(self, module: nn.Module, lr: float, eps: float, clip: float, decay: float):
         self.params = [p for p in module.parameters() if p.requires_grad]
         self.eps, self.clip, self.steps = eps, clip, 0
-        self.adam = ClippingAdamW(self.params, lr, self.BETAS, weight_decay=decay / lr, fused=True)
+        self.adam: Any = torch.optim.AdamW(self.params, lr, self.BETAS, weight_decay=decay / lr, fused=True)
         self.skipped = torch.zeros((), device=self.params[0].device)
         # On MPS the kernel neither divides nor skips (github.com/pytorch/pytorch/pull/186360), and says nothing.
         self.kernel_clips = self.skipped.device.type != "mps"
@@ -652,8 +643,8 @@ class Optimizer:
         for group in self.adam.param_groups:
             group["eps"] = self.eps / math.sqrt(1 - self.BETAS[1] ** self.steps)
         if self.kernel_clips:
-            self.adam.grad_scale = norm.clamp(min=self.clip) / self.clip  # the fused kernel divides by it
-            self.adam.found_inf = found_inf
+            self.adam.grad_scale = norm.clamp(min=self.clip) / self.clip  # the fused kernel divides gradients by it
+            self.adam.found_inf = found_inf  # and skips the step if this is 1
             self.adam.step()
         elif not found_inf:  # the host waits
             torch.nn.utils.clip_grads_with_norm_(self.params, self.clip, norm)
@@ -735,7 +726,8 @@ class Dreamer:
         metrics["behavior/actor_grad_norm"] = self.actor_optimizer.step()
         metrics["behavior/value_grad_norm"] = self.value_optimizer.step()
         if self.updates % self.config.target_every == 0:
-            self.behavior.update_target(1.0 if self.updates == 0 else self.config.target_fraction)
+            share = 1.0 if self.updates == 0 else self.config.target_fraction
+            move_towards(self.behavior.target_value, self.behavior.value, share)
         self.updates += 1
         self.update_average()
         return metrics
@@ -846,30 +838,6 @@ class Dreamer:
             index = self.draws.subset(total, count, is_terminal.device)
             return start.map(lambda x: x[index]), is_terminal[index]
         return start, is_terminal
-
-
-def build_rssm(config: Config, embed_size: int, action_size: int) -> RSSM:
-    """A freshly initialized RSSM of the configured sizes."""
-    return RSSM(
-        embed_size=embed_size,
-        action_size=action_size,
-        deter=config.deter,
-        hidden=config.hidden,
-        stoch=config.stoch,
-        classes=config.classes,
-    )
-
-
-def build_actor(config: Config, feat_size: int, action_size: int) -> Actor:
-    """A freshly initialized actor of the configured size and distribution."""
-    return Actor(
-        feat_size=feat_size,
-        action_size=action_size,
-        layers=config.actor_layers,
-        units=config.actor_units,
-        dist=config.actor_dist,
-        sample_gradient=config.trunc_normal_gradient,
-    )
 
 
 def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, bootstrap: Tensor, lambda_: float) -> Tensor:

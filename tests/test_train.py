@@ -30,6 +30,7 @@ from train import (
     frozen,
     lambda_return,
     latents_used,
+    move_towards,
 )
 
 FEAT_SIZE = 8
@@ -604,7 +605,7 @@ def test_value_converges_to_the_return():
     imagined = imagined._replace(feat=imagined.feat[:1].expand(5, -1, -1))  # states that stay as they are
     for _ in range(300):
         descend(optimizer, behavior.loss(imagined, seeded())[1])
-        behavior.update_target(1.0)
+        move_towards(behavior.target_value, behavior.value, 1.0)
     assert torch.allclose(behavior.value(imagined.feat).mean, torch.tensor(2.5), atol=0.1)
 
 
