@@ -128,9 +128,9 @@ class ReplayBuffer:
         """Memory of a row."""
         return sum(x[0].nbytes for x in (self.image, self.action, self.reward, self.is_first, self.is_terminal))
 
-    def bytes(self, steps: int) -> int:
-        """Memory, and disk, that the rows of `steps` agent steps take, or of a full buffer if that is less."""
-        return self.row_bytes * min(len(self.image), int(1.1 * steps))
+    def bytes(self, rows: int) -> int:
+        """Memory, and disk, that so many rows take, or those of a full buffer if they are fewer."""
+        return self.row_bytes * min(len(self.image), rows)
 
     def add(self, transition: Transition, env: int = 0) -> None:
         """Append a row to the ring of `env`; refuses what training could not survive (ValueError)."""
@@ -244,7 +244,8 @@ class ReplayBuffer:
         parts[1] = np.maximum(parts[1], oldest[parts[0]])
         tenth = math.ceil(table.shape[1] / 10)
         enough = 1 + int(np.searchsorted((parts[2] - parts[1])[::-1].cumsum(), rows))
-        return parts[:, -max(tenth, enough) :], parts[:, _highest(table[4], min(tenth, BEST))]
+        best = np.argsort(table[4], kind="stable")[-min(tenth, BEST) :]  # the last ones of equal score
+        return parts[:, -max(tenth, enough) :], parts[:, np.sort(best)]
 
 
 def _windows(rng: np.random.Generator, parts: np.ndarray, count: int, length: int) -> np.ndarray:
@@ -261,15 +262,6 @@ def _windows(rng: np.random.Generator, parts: np.ndarray, count: int, length: in
     seam = row == start[part]
     seam[0] = True
     return np.stack([env[part], row, seam])
-
-
-def _highest(values: np.ndarray, count: int) -> np.ndarray:
-    """Which of the values are the `count` highest; the last of equal ones come first. Takes less time than sorting."""
-    least = np.partition(values, -count)[-count]
-    chosen = values > least
-    equal = np.flatnonzero(values == least)
-    chosen[equal[len(equal) - (count - chosen.sum()) :]] = True
-    return chosen
 
 
 def _moved(x: Tensor, device: torch.device | str) -> Tensor:

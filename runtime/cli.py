@@ -298,7 +298,8 @@ def preflight(
 
 
 def _say_replay(config: Config, folder: Path, replay: ReplayBuffer) -> None:
-    need, free = replay.bytes(config.steps // config.action_repeat), free_memory()
+    rows = config.steps // config.action_repeat + config.steps // config.episode_steps  # with those of resets
+    need, free = replay.bytes(int(1.1 * rows)), free_memory()  # some episodes are shorter, as tasks may end them
     if replay.image.is_cuda:
         say(f"replay: {replay.image.nbytes / 1e9:.2f} GB of the GPU's memory")
     elif need <= free:
