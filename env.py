@@ -50,7 +50,7 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     """One single-arm RoboSuite task, built in seconds. ValueError for bad input, RuntimeError without OpenGL.
 
     task            a single-arm task of RoboSuite's, or one of yours: defining its class registers it
-    robot           a robot with one arm, such as "Panda"
+    robot           a robot with one arm on a fixed base, such as "Panda"
     controller      one of CONTROLLERS: "OSC_POSE" has 7 actions with the gripper, "OSC_POSITION" 4
     rotation_scale  a factor for the rotations of OSC_POSE; at 1, they are at most half a radian a control step
     cameras         names of the model's cameras, whose pictures are stacked as channels in this order
@@ -64,7 +64,8 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     seed            decides what is drawn at construction (in Lift the cube's size), and starts np_random
 
     Observation: uint8 (3 * len(cameras), image_size, image_size), upright.
-    Action: float32 (A,) in [-1, 1]. A gripper comes last, and only its sign counts: -1 opens.
+    Action: float32 (A,) in [-1, 1]. A gripper comes last, and only its sign counts: -1 opens. A hand with fingers of
+    their own, such as PandaDexRH's, has several actions there, and is no gripper.
     `truncated` at the episode's length; `terminated` only if the task ends itself, as Wipe does.
     info["success"]: whether the task was solved after any control step of this step (or is, at a reset).
     metadata["gripper"]: whether the last action is a gripper's; Wipe's robots have none.
@@ -93,7 +94,7 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         physics_step: float,
         seed: int,
     ) -> None:
-        self._renderer: Renderer | None = None  # before all that can fail: close() reads them
+        self._renderer: Renderer | None = None
         self._task: Any = None
         _check_numbers(image_size, action_repeat, episode_steps, seed)
         _check_rates(control_freq, physics_step)
@@ -129,12 +130,12 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._image_shape, self._action_shape = (3 * len(camera_ids), image_size, image_size), (self._task.action_dim,)
         self.observation_space = gymnasium.spaces.Box(0, 255, self._image_shape, np.uint8)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, self._action_shape, np.float32)
-        gripper = any(part.dof > 0 for part in self._task.robots[0].gripper.values())
+        fingers = sum(part.dof for part in self._task.robots[0].gripper.values())  # a hand has several actions
         self.metadata = {
             "render_modes": ["rgb_array"],
             "render_fps": control_freq / action_repeat,
-            "gripper": gripper,
-            "moves": 3 if controller.startswith("OSC") else self._task.action_dim - gripper,
+            "gripper": fingers == 1,
+            "moves": 3 if controller.startswith("OSC") else self._task.action_dim - fingers,
         }
         self.render_mode = "rgb_array"
 
@@ -444,12 +445,14 @@ def _check_names(task: str, robot: str) -> None:
     from robosuite.environments.base import REGISTERED_ENVS
     from robosuite.environments.manipulation.two_arm_env import TwoArmEnv
     from robosuite.models.robots.robot_model import REGISTERED_ROBOTS
-    from robosuite.robots import ROBOT_CLASS_MAPPING
+    from robosuite.robots import ROBOT_CLASS_MAPPING, FixedBaseRobot
 
     tasks = [name for name, env_class in REGISTERED_ENVS.items() if not issubclass(env_class, TwoArmEnv)]
-    robots = [name for name in ROBOT_CLASS_MAPPING if len(REGISTERED_ROBOTS[name].arms) == 1]
+    fixed = [name for name, kind in ROBOT_CLASS_MAPPING.items() if kind is FixedBaseRobot]
+    robots = [name for name in fixed if len(REGISTERED_ROBOTS[name].arms) == 1]
     for field, name, valid in (("task", task, tasks), ("robot", robot, robots)):
         if name not in valid:
-            two_arms = name in REGISTERED_ENVS or name in ROBOT_CLASS_MAPPING
-            reason = "has two arms, which is not supported" if two_arms else "unknown"
+            known = name in REGISTERED_ENVS or name in ROBOT_CLASS_MAPPING
+            has = "a moving base" if field == "robot" and name not in fixed else "two arms"
+            reason = f"has {has}, which is not supported" if known else "unknown"
             raise ValueError(f"{field}={name!r}: {reason}: use one of {', '.join(valid)}")

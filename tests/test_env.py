@@ -60,6 +60,7 @@ def test_make_env_can_be_pickled():
         ({"task": "TwoArmLift"}, "task='TwoArmLift': has two arms"),
         ({"robot": "Pandas"}, "robot='Pandas': unknown.*Panda.*Sawyer"),
         ({"robot": "Baxter"}, "robot='Baxter': has two arms"),
+        ({"robot": "PandaOmron"}, "robot='PandaOmron': has a moving base"),
         ({"controller": "OSC"}, "controller='OSC'.*OSC_POSE"),
         ({"rotation_scale": 0.0}, "rotation_scale=0.0: .*above 0"),
         ({"rotation_scale": 1.5}, "rotation_scale=1.5: .*at most 1"),
@@ -150,6 +151,14 @@ def test_a_gripper_obeys_only_the_sign_of_its_command(lift):
         pictures.append([lift.step(np.array([0, 0, 0, 0, 0, 0, command]))[0] for _ in range(5)])
     np.testing.assert_array_equal(pictures[0], pictures[1])
     assert (pictures[0][-1] != pictures[2][-1]).any()
+
+
+def test_a_hand_with_fingers_of_their_own_is_no_gripper():
+    """Its several actions are neither seen as signs nor held for long; the arm's seven joints come before them."""
+    environment = build(robot="PandaDexRH", controller="JOINT_POSITION")
+    assert environment.action_space.shape == (13,)
+    assert not environment.metadata["gripper"] and environment.metadata["moves"] == 7
+    environment.close()
 
 
 def test_step_needs_a_running_episode_and_a_sound_action(lift):
