@@ -303,6 +303,8 @@ class Checkpointer:
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise Failure(f"the checkpoint does not fit this release or environment: {name}: {reason}") from error
+            except OSError as error:  # a file that can't be deleted
+                raise Failure(f"{self.run_dir} can't be used: {error}") from error
         if restarts := state["collector"]["restarts"]:
             self.generators.redraw(restarts)
         self.held = snapshot(state)  # Adam goes on in the tensors that it was given

@@ -19,7 +19,7 @@ from runtime.logger import Stopwatch
 from train import ActState, Config, Dreamer
 
 LAST = 10  # episodes whose success decides how much is explored
-FAILED, RECENT = 10, 20  # a run ends when so many of its last episodes have failed
+RECENT = 20  # episodes, or four of each environment if that is more; a run ends when half of them have failed
 
 
 class HeldActions:
@@ -29,10 +29,10 @@ class HeldActions:
     command counts and they need 0.4 s, and it takes the hand nowhere. A `share` of the policy's episodes is disturbed,
     less if the task is often solved. In these, the gripper is held at random times, and the hand goes straight on once,
     from a random step of the episode's middle half: one of the first `moves` actions is at its bound while the arm's
-    others are 0. Where that solves the task, the hand then rests as long, with 0 for all of the arm's actions: one that
-    went on would let go of the open door, and a policy that has never opened it would shut it. Nothing else is held in
-    an episode that is solved. The random actions before training have the gripper held all the time. When a run goes
-    on, only the state of `rng` has to come back.
+    others are 0. Where that solves the task, the hand then rests for as many steps, with 0 for all of the arm's
+    actions: if it went on, it would let go of the open door, and a policy that has never opened it would shut it.
+    Nothing else is held in an episode that is solved. The random actions before training have the gripper held all the
+    time. When a run goes on, only the state of `rng` has to come back.
 
     Args:
         share: of the policy's episodes; with 0 nothing is held, before training either.
@@ -180,7 +180,7 @@ class Collector:
         self.resets = np.ones(config.num_envs, bool)
         self.stats = [EpisodeStats(config.action_repeat) for _ in self.resets]
         self.failed = np.zeros(config.num_envs, bool)  # in the present episode
-        self.recent: deque[bool] = deque(maxlen=RECENT)  # whether the last episodes failed
+        self.recent: deque[bool] = deque(maxlen=max(RECENT, 4 * config.num_envs))  # whether the last episodes failed
         self.last_fault = ""
         self.successes: deque[float] = deque(maxlen=LAST)
         self.greedy = np.zeros(config.num_envs, bool)  # whether the present episode has deterministic actions
@@ -250,7 +250,7 @@ class Collector:
 
     def check_faults(self) -> None:
         """Raise Failure if too many of the last episodes ended through a fault of the environment."""
-        if sum(self.recent) >= FAILED:
+        if 2 * sum(self.recent) >= (self.recent.maxlen or 0):
             share = f"{sum(self.recent)} of the last {len(self.recent)} episodes"
             raise EnvFailure(f"the environments failed in {share}, the last time with {self.last_fault}")
 
@@ -276,7 +276,8 @@ class Collector:
             warn(f"num_envs was {len(generators)}: the environments start from new seeds")
             seeds = self.rng.integers(2**32, size=self.config.num_envs)
             generators = [np.random.default_rng([*seeds, i, state["restarts"]]) for i in range(len(seeds))]
-        self.envs.set_attr("np_random", generators)
+        with self._env_failures():
+            self.envs.set_attr("np_random", generators)
         if state["restarts"]:
             warn("the run ended through a fault of its environments: their next episodes are drawn anew")
         self.rng.bit_generator.state = _generator(state["action_space"], state["restarts"]).bit_generator.state

@@ -127,7 +127,7 @@ class StopSignals:
     sends it again after each further second of processor time.
     """
 
-    NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+    NUMBERS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU
     ECHO = 1.0  # seconds
     PATIENCE = 9.0  # seconds
 
@@ -140,8 +140,7 @@ class StopSignals:
         self.timer.daemon = True
 
     def __enter__(self) -> "StopSignals":
-        numbers = [getattr(signal, name) for name in self.NAMES if hasattr(signal, name)]
-        for number in numbers:
+        for number in self.NUMBERS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self.before[number] = signal.signal(number, self._handle)
         return self
@@ -149,7 +148,8 @@ class StopSignals:
     def __exit__(self, *_: object) -> None:
         self.timer.cancel()
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            again = number == self.number == signal.SIGXCPU  # in each further second, also while W&B is ended
+            signal.signal(number, signal.SIG_IGN if again else handler)
 
     def check(self) -> None:
         """Raise Stopped if a signal has come. Handlers that an environment has put in place of ours are replaced."""
@@ -165,7 +165,7 @@ class StopSignals:
         if not self.number:
             self.number, self.since = number, time.monotonic()
             self.timer.start()
-        elif number != getattr(signal, "SIGXCPU", None) and time.monotonic() - self.since > self.ECHO:
+        elif number != signal.SIGXCPU and time.monotonic() - self.since > self.ECHO:
             try:
                 if not self.leaving:
                     self.leaving = True

@@ -24,7 +24,7 @@ import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from gymnasium.vector.async_vector_env import AsyncState
 
-from runtime.console import Failure, Tolerant, UserError
+from runtime.console import Failure, StopSignals, Tolerant, UserError
 
 RUN = Path(__file__).resolve().parent.parent / "run.py"
 MakeEnv = Callable[..., gymnasium.Env]
@@ -181,9 +181,9 @@ def _light_workers() -> Iterator[None]:
 
 def _rebuilding(build: Callable[[], gymnasium.Env], trainer: int) -> RebuildingEnv:
     if os.getpid() != trainer:  # a worker; the trainer itself may be another program's child
-        for name in ("SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):  # reach workers too; the parent decides
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), signal.SIG_IGN)
+        for number in StopSignals.NUMBERS:  # these reach workers too; the parent decides
+            if number != signal.SIGTERM:
+                signal.signal(number, signal.SIG_IGN)
         threading.Thread(target=_end_with_parent, daemon=True).start()
         sys.stdout, sys.stderr = Tolerant(sys.stdout), Tolerant(sys.stderr)
     return RebuildingEnv(build)

@@ -430,11 +430,10 @@ def test_a_signal_that_is_ignored_stays_ignored(number, tmp_path, monkeypatch):
 
 def test_handlers_are_put_back(tmp_path):
     """A script that calls `main` has its own handlers again after it."""
-    names = [name for name in StopSignals.NAMES if name != "SIGINT"]
-    before = {name: signal.getsignal(getattr(signal, name)) for name in StopSignals.NAMES}
+    before = {number: signal.getsignal(number) for number in StopSignals.NUMBERS}
     assert faults.train(tmp_path / "run", "--steps 60") == 0
-    assert before == {name: signal.getsignal(getattr(signal, name)) for name in StopSignals.NAMES}
-    assert all(before[name] == signal.SIG_DFL for name in names)
+    assert before == {number: signal.getsignal(number) for number in StopSignals.NUMBERS}
+    assert all(before[number] == signal.SIG_DFL for number in StopSignals.NUMBERS if number != signal.SIGINT)
 
 
 def test_a_signal_before_any_episodes_end_saves_the_beginning(straight, tmp_path, capsys):
