@@ -205,7 +205,7 @@ class Graphed:
     Args:
         function, params: what is replayed, and the parameters that it leaves gradients in.
         stream: on which warm-up and capture run, as torch asks for: a side stream.
-        pool: the memory that graphs share which are replayed one after the other.
+        pool: memory that is shared by graphs which are replayed in turn.
     """
 
     WARMUP = 3  # calls, in which libraries choose their algorithms and allocate their workspaces
@@ -246,6 +246,8 @@ class Graphed:
         try:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 self.outputs = self.function(*self.inputs)
+        except torch.OutOfMemoryError:
+            raise  # without graphs, an update takes as much
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise CaptureError(f"CUDA graphs can't be captured here ({reason}): --cuda_graphs false goes on") from error

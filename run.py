@@ -60,6 +60,10 @@ def main(argv: list[str] | None = None, make_env: MakeEnv = make_robosuite_env) 
         except (Failure, fast.CaptureError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
+        except torch.OutOfMemoryError as error:  # a GPU's
+            reason = str(error).split(". ")[0]
+            print(f"error: {reason}: a smaller --batch_size or --imagine_starts takes less", file=sys.stderr)
+            return 1
         except Stopped as stop:
             return 128 + stop.args[0]
         except KeyboardInterrupt:  # before or after training, which has its own handler

@@ -298,21 +298,34 @@ def test_replaying_an_updates_kernels_equals_the_update(changes, fake_graphs):
         assert torch.equal(plain, graphed)
 
 
-def test_a_capture_that_fails_ends_in_one_line_that_names_the_way_out(fake_graphs, monkeypatch):
-    """Whatever CUDA says about it."""
+def refused(monkeypatch, error: Exception) -> Exception:
+    """What training raises if CUDA answers to the first capture with this error."""
 
     @contextlib.contextmanager
     def refuse(*_, **__):
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        raise error
         yield
 
     monkeypatch.setattr(torch.cuda, "graph", refuse)
     config = tiny_config()
     agent = tiny_dreamer(config)
     use_cuda_graphs(agent)
-    with pytest.raises(CaptureError) as error:
+    with pytest.raises(RuntimeError) as raised:
         for seed in range(5):
             agent.train_step(random_batch(config, seed))
     assert agent.updates == Graphed.WARMUP
-    assert "not permitted" in str(error.value) and "--cuda_graphs false" in str(error.value)
-    assert "\n" not in str(error.value)
+    return raised.value
+
+
+def test_a_capture_that_fails_ends_in_one_line_that_names_the_way_out(fake_graphs, monkeypatch):
+    """Whatever CUDA says about it."""
+    error = refused(monkeypatch, RuntimeError("operation not permitted when stream is capturing\nmore"))
+    assert isinstance(error, CaptureError)
+    assert "not permitted" in str(error) and "--cuda_graphs false" in str(error)
+    assert "\n" not in str(error)
+
+
+def test_graphs_are_not_blamed_for_a_full_gpu(fake_graphs, monkeypatch):
+    """Without them an update takes as much memory."""
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+    assert refused(monkeypatch, full) is full
