@@ -52,7 +52,7 @@ OPEN_LOOP_STEPS = (1, 5, 15, 45)  # imagined agent steps after which the open-lo
 OPEN_LOOP_WINDOWS = 24  # sequences that the open-loop errors are means of
 RECORDINGS = 6  # evaluation episodes whose rows are kept for figures and pictures
 SEQUENCES = 6  # columns of the open-loop and the imagination videos
-THIRDS = ("low", "middle", "high")  # of the largest reward so far: in Lift, far, at the cube, and lifted
+THIRDS = ("low", "middle", "high")  # of the largest reward so far: in Lift, far from the cube, at it, lifting it
 
 
 # ---------------------------------------------------------------------------------------------- episodes
@@ -544,7 +544,7 @@ def evaluate_policy(path: Path, given: dict[str, Any], make_env: MakeEnv) -> Non
     file = path / "policy.pt" if os.path.isdir(path) else path  # unlike path.is_dir, it raises nothing
     policy, config = load_policy(file)
     check_fits_policy(given, config)
-    config = dataclasses.replace(config, **{"eval_episodes": EVAL_EPISODES, **given})
+    config = dataclasses.replace(config, **{"eval_episodes": EVAL_EPISODES, "num_envs": 1, **given})
     check_config(config)
     policy.eval_action = config.eval_action
     device = pick_device(given.get("device", "auto"))

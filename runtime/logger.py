@@ -258,7 +258,7 @@ def _key_in_netrc(environ: dict[str, str]) -> bool:
     try:
         host = urlparse(environ.get("WANDB_BASE_URL", "")).netloc or "api.wandb.ai"  # with a port, as wandb writes it
         return netrc.netrc(environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, ValueError, netrc.NetrcParseError):  # ValueError: no address, or no text
+    except (OSError, ValueError, netrc.NetrcParseError):  # ValueError: a base URL or a netrc that is not one
         return False
 
 
