@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -75,15 +76,7 @@ def build_ours(arguments: argparse.Namespace) -> tuple[Callable[[int], None], Ca
         physics_step=arguments.physics_step,
         seed=0,
     )
-    rng = np.random.default_rng(0)
-
-    def play(steps: int) -> None:
-        for step in range(steps):
-            if step % arguments.episode_steps == 0:
-                environment.reset()
-            environment.step(rng.uniform(-1, 1, environment.action_space.shape))
-
-    return play, environment.close
+    return player(environment, environment.action_space.shape[0], arguments.episode_steps), environment.close
 
 
 def build_plain(arguments: argparse.Namespace) -> tuple[Callable[[int], None], Callable[[], None]]:
@@ -109,15 +102,20 @@ def build_plain(arguments: argparse.Namespace) -> tuple[Callable[[int], None], C
         horizon=arguments.episode_steps,
         reward_shaping=True,
     )
+    return player(environment, environment.action_dim, arguments.episode_steps), environment.close
+
+
+def player(environment: Any, action_size: int, episode_steps: int) -> Callable[[int], None]:
+    """A function that plays so many steps of random actions."""
     rng = np.random.default_rng(0)
 
     def play(steps: int) -> None:
         for step in range(steps):
-            if step % arguments.episode_steps == 0:
-                environment.reset()  # makes its new OpenGL context the current one
-            environment.step(rng.uniform(-1, 1, environment.action_dim))
+            if step % episode_steps == 0:
+                environment.reset()  # makes plain RoboSuite's new OpenGL context the current one
+            environment.step(rng.uniform(-1, 1, action_size))
 
-    return play, environment.close
+    return play
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ again replaces what the tables have of it, for instance once it has gone on.
 """
 
 import argparse
-import contextlib
 import csv
 import io
 import json
@@ -23,6 +22,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from runtime.evaluate import episode_length  # noqa: E402
+from runtime.logger import read_metrics  # noqa: E402
 from train import Config, defaults  # noqa: E402
 
 CURVE = (
@@ -98,7 +98,7 @@ def flags(changed: Mapping[str, Any]) -> str:
 def read_curve(run_dir: Path, config: Config, run: str) -> tuple[list[dict[str, Any]], float]:
     """A row for each evaluation in metrics.jsonl, and the hours that the run took in all."""
     hours, logged, speed, curve = 0.0, 0, math.inf, []
-    for line in read_metrics(run_dir / "metrics.jsonl"):
+    for line in read_metrics(run_dir)[0]:
         if "perf/env_steps_per_s" in line:
             speed = line["perf/env_steps_per_s"]
             hours += (line["env_step"] - logged) / speed / 3600
@@ -118,15 +118,6 @@ def read_curve(run_dir: Path, config: Config, run: str) -> tuple[list[dict[str, 
             }
             curve.append(point)
     return curve, round(hours, 3)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl. One that a crash has torn is left out."""
-    lines = []
-    for text in path.read_text(errors="replace").splitlines():
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(text))
-    return lines
 
 
 def share(value: float, episode_steps: int) -> float:
