@@ -76,7 +76,8 @@ def build_ours(arguments: argparse.Namespace) -> tuple[Callable[[int], None], Ca
         physics_step=arguments.physics_step,
         seed=0,
     )
-    return player(environment, environment.action_space.shape[0], arguments.episode_steps), environment.close
+    size = len(environment.action_space.sample())
+    return player(environment, size, arguments.episode_steps), environment.close
 
 
 def build_plain(arguments: argparse.Namespace) -> tuple[Callable[[int], None], Callable[[], None]]:

@@ -102,7 +102,7 @@ def read_curve(run_dir: Path, config: Config, run: str) -> tuple[list[dict[str, 
         if "perf/env_steps_per_s" in line:
             speed = line["perf/env_steps_per_s"]
             hours += (line["env_step"] - logged) / speed / 3600
-            logged = line["env_step"]
+            logged = int(line["env_step"])
         if "eval/return_mean" in line:
             point = {
                 "run": run,
