@@ -148,8 +148,7 @@ class StopSignals:
     def __exit__(self, *_: object) -> None:
         self.timer.cancel()
         for number, handler in self.before.items():
-            again = number == self.number == signal.SIGXCPU  # in each further second, also while W&B is ended
-            signal.signal(number, signal.SIG_IGN if again else handler)
+            signal.signal(number, handler)
 
     def check(self) -> None:
         """Raise Stopped if a signal has come. Handlers that an environment has put in place of ours are replaced."""
