@@ -327,7 +327,7 @@ class WorldModel(nn.Module):
         c = self.config = config
         channels, size = image_shape[0], image_shape[1]
         self.encoder = Encoder(size, channels, c.cnn_depth, whiten=c.image_norm == "white")
-        self.rssm = RSSM(self.encoder.embed_size, action_size, c.deter, c.hidden, c.stoch, c.classes)
+        self.rssm = build_rssm(c, self.encoder.embed_size, action_size)
         self.decoder = Decoder(self.rssm.feat_size, size, channels, c.cnn_depth)
         self.reward = Head(self.rssm.feat_size, c.reward_layers, c.reward_units, UnitNormal)
         self.register_buffer("reward_var", torch.zeros(()))
@@ -469,7 +469,7 @@ class Behavior(nn.Module):
     def __init__(self, config: Config, feat_size: int, action_size: int):
         super().__init__()
         c = self.config = config
-        self.actor = Actor(feat_size, action_size, c.actor_layers, c.actor_units, c.actor_dist, c.trunc_normal_gradient)
+        self.actor = build_actor(c, feat_size, action_size)
         self.value = Head(feat_size, c.value_layers, c.value_units, UnitNormal)
         self.target_value = copy.deepcopy(self.value).requires_grad_(False)
         self.register_buffer("return_range", torch.zeros(()))
@@ -561,11 +561,9 @@ class Policy(nn.Module):
     @classmethod
     def build(cls, config: Config, image_shape: tuple[int, int, int], action_size: int) -> "Policy":
         """A freshly initialized policy, for weights that are loaded next."""
-        c = config
-        encoder = Encoder(image_shape[1], image_shape[0], c.cnn_depth, c.image_norm == "white")
-        rssm = RSSM(encoder.embed_size, action_size, c.deter, c.hidden, c.stoch, c.classes)
-        sizes = rssm.feat_size, action_size, c.actor_layers, c.actor_units
-        return cls(encoder, rssm, Actor(*sizes, c.actor_dist, c.trunc_normal_gradient), c.eval_action)
+        encoder = Encoder(image_shape[1], image_shape[0], config.cnn_depth, config.image_norm == "white")
+        rssm = build_rssm(config, encoder.embed_size, action_size)
+        return cls(encoder, rssm, build_actor(config, rssm.feat_size, action_size), config.eval_action)
 
     def initial(self, batch: int) -> ActState:
         """The state before the first step."""
@@ -838,6 +836,16 @@ class Dreamer:
             index = self.draws.subset(total, count, is_terminal.device)
             return start.map(lambda x: x[index]), is_terminal[index]
         return start, is_terminal
+
+
+def build_rssm(c: Config, embed_size: int, action_size: int) -> RSSM:
+    """A freshly initialized RSSM of the configured sizes, for the world model and for a policy that is loaded."""
+    return RSSM(embed_size, action_size, c.deter, c.hidden, c.stoch, c.classes)
+
+
+def build_actor(c: Config, feat_size: int, action_size: int) -> Actor:
+    """A freshly initialized actor of the configured size and distribution, likewise."""
+    return Actor(feat_size, action_size, c.actor_layers, c.actor_units, c.actor_dist, c.trunc_normal_gradient)
 
 
 def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, bootstrap: Tensor, lambda_: float) -> Tensor:
