@@ -567,6 +567,22 @@ def test_a_resume_deletes_episodes_that_came_after_the_checkpoint(tmp_path):
     assert numbers_on_disk(files) == numbers(restored) == [0, 1]
 
 
+def test_an_episode_that_a_resume_cannot_delete_is_told_in_one_line(tmp_path, monkeypatch):
+    """A later one would come to lie beside it under the same number."""
+    replay, files = replay_with_files(tmp_path)
+    saver = checkpointer_of(tmp_path, files=files)
+    saver.hold(10, -1, last=False)
+    add_episode(replay, 0, 6)
+    files.write()
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(Failure, match=rf"^{tmp_path} can't be used: .*Permission denied: '.*episode_0000000_.*npz'$"):
+        checkpointer_of(tmp_path).restore(saver.held)
+
+
 @pytest.mark.parametrize("how", ["empty", "cut 0.5", "no zip", "bit", "missing", "directory", "other shape"])
 def test_a_damaged_or_missing_episode_is_skipped_and_named(how, tmp_path, capsys):
     """The others are loaded, and sampling works."""

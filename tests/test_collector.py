@@ -300,6 +300,9 @@ class Lost(VectorEnv):
             return None, {"broken": ["", self.error]}
         raise self.error
 
+    def set_attr(self, *_):
+        raise self.error
+
 
 @pytest.mark.parametrize(
     ("error", "words"),
@@ -313,6 +316,12 @@ def test_environments_that_are_lost_end_the_run(error, words):
     """One line says how."""
     with pytest.raises(EnvFailure, match=words):
         collector_of([[]], envs=Lost(error)).act()
+
+
+def test_a_worker_that_is_lost_while_a_run_is_restored_ends_it():
+    """In the same line as later."""
+    with pytest.raises(EnvFailure, match="an environment's process has ended"):
+        collector_of([[]], envs=Lost(BrokenPipeError())).load_state_dict(collector_of([[]]).state_dict())
 
 
 def test_a_worker_that_ended_with_the_whole_run_is_no_fault():

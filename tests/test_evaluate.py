@@ -372,7 +372,7 @@ FOUR_WORKERS = "--num_envs 2 --prefill 40 --eval_episodes 2 --steps 120"
 
 
 def test_a_run_evaluates_in_workers_that_end_with_it(tmp_path, monkeypatch, capsys):
-    """The same two for all its evaluations, beside those that train; all are gone at its end."""
+    """The same two for all its evaluations, beside those that train; all are gone at its end. --eval plays alone."""
     monkeypatch.undo()  # of `no_videos`
     workers = []
     monkeypatch.setattr(evaluate, "analyze", lambda *args: workers.append(processes()) or analyze(*args))
@@ -381,8 +381,12 @@ def test_a_run_evaluates_in_workers_that_end_with_it(tmp_path, monkeypatch, caps
     assert not multiprocessing.active_children()
     assert [line["eval/episodes"] for line in evaluations(tmp_path / "run")] == [2] * (len(workers) - 1) + [4]
     assert list((tmp_path / "run/videos").glob("eval_*.mp4"))
-    assert run.main(["--eval", str(tmp_path / "run"), "--eval_episodes", "3"], FakeEnv) == 0
-    assert "of 3 episodes" in capsys.readouterr().out and (tmp_path / "run/policy.mp4").exists()
+    counts, make = [], evaluate.make_vector_env
+    monkeypatch.setattr(evaluate, "make_vector_env", lambda builders: counts.append(len(builders)) or make(builders))
+    for flag in ("", "--num_envs 2"):
+        flags = ["--eval", str(tmp_path / "run"), "--eval_episodes", "3", *flag.split()]
+        assert run.main(flags, FakeEnv) == 0 and "of 3 episodes" in capsys.readouterr().out
+    assert counts == [1, 2] and (tmp_path / "run/policy.mp4").exists()
     assert not multiprocessing.active_children()
 
 
