@@ -17,11 +17,11 @@ MIN_STD = 0.1
 SAMPLE_MARGIN = 1e-6  # samples of the truncated normal keep this far from its bounds
 TANH_SCALE = 5.0  # soft limit on the mean before tanh
 ENTROPY_SAMPLES = 100  # a squashed Gaussian has no closed entropy
-ATANH_LIMIT = 0.99999997
+ATANH_LIMIT = 0.99999997  # the author's
 
 
 class ActionDistribution(abc.ABC):
-    """A distribution over actions (..., A), built from the raw outputs (..., A) of the actor's `layers`."""
+    """A distribution over actions (..., A), built from the outputs (..., A) of the actor's last layers, `layers`."""
 
     layers: ClassVar[tuple[str, ...]] = ("out", "std")
 
@@ -55,7 +55,7 @@ class TruncNormal(ActionDistribution):
     """Normal around tanh(out), std in (0.1, 2.1), cut to [-1, 1] and renormalized there.
 
     The gradient of a sample is straight-through, as in the author's library: da/dloc = 1, da/dstd = (a - loc)/std.
-    The movement of the bounds relative to the middle is ignored.
+    It would be exact if the bounds moved and widened with the normal.
     """
 
     def __init__(self, out: Tensor, raw_std: Tensor):

@@ -21,7 +21,8 @@ into the next one, from a ring's newest row into the next ring's oldest, and fro
     window        x6 x7 | y0 y1 y2 y3 | z0
     is_first       1  0    1  0  0  0    1
 
-So every row is equally likely to be trained on, those at the ends of episodes like those in the middle.
+So every row is equally likely to be trained on, those at the ends of episodes like those in the middle. A part of the
+windows (`focus`) is made of some episodes only: there, every row of these is equally likely.
 """
 
 import math
@@ -33,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BEST = 10  # episodes at most: among more, a first success would be rare
+BEST = 10  # episodes at most: with more of them, a first success would hardly be sampled
 RETURN_SHARE = 1e-4  # what the return counts in an episode's score
 
 
@@ -272,7 +273,7 @@ def _moved(x: Tensor, device: torch.device | str) -> Tensor:
 
 
 def _score(reward: np.ndarray) -> float:
-    """How good an episode is: its largest reward, or of equal ones, as where tasks are solved, its return.
+    """How good an episode is: its largest reward, plus a little of its return, which ranks those that solve the task.
 
     By returns alone, an episode that solves the task at its very end would rank behind those that never do. The score
     is the same to the last bit whether its rows come from memory or from a file.

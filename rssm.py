@@ -71,7 +71,7 @@ class GRUCell(nn.Module):
 class RSSM(nn.Module):
     """The world model's memory and its one-step dynamics."""
 
-    binary: Tensor  # (A,), 1 for an action of which only the sign counts, else 0
+    binary: Tensor  # (A,), 1 for an action of which only the sign counts, else 0; zeros until Dreamer sets it
 
     def __init__(self, embed_size: int, action_size: int, deter: int, hidden: int, stoch: int, classes: int):
         super().__init__()
@@ -209,7 +209,7 @@ def kl_loss(
     `free` nats are not penalized: of the mean over all elements if `free_avg`, else of each element. Returns the
     loss, a scalar, and the plain KL of each element, (...) for stats of (..., S, K or 2).
     """
-    if balance == 0.5:  # one plain KL, with free nats of each element: the author's special case, as recordings need it
+    if balance == 0.5:  # the author's special case: one plain KL, with free nats of each element in any case
         value = kl(post, prior)
         return value.clamp(min=free).mean(), value.detach()
     post_side = kl(post, prior.detach())

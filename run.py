@@ -43,7 +43,7 @@ from train import Config, Dreamer
 def main(argv: list[str] | None = None, make_env: MakeEnv = make_robosuite_env) -> int:
     """Train, evaluate or report; returns the exit code. `make_env` builds an environment from Config's fields."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
-        sys.exit(1)  # a spawned worker imports a script whose call of `main` is not guarded: the parent says so
+        sys.exit(1)  # a spawned worker has imported an unguarded script, which calls `main` again: the parent says so
     with tolerant_output():
         try:
             command = cli.parse(sys.argv[1:] if argv is None else argv)
@@ -157,7 +157,7 @@ def build(
     if state is not None:
         checkpointer.restore(state)
     else:
-        checkpointer.hold(0, -1, last=False)  # what fails before an episode has ended is told there
+        checkpointer.hold(0, -1, last=False)  # for a stop or an error before the first episode has ended
     p = Parts(config, agent, replay, collector, ratio, meter, logger, evaluator, checkpointer, watch, stop, bar)
     stop.leave = functools.partial(leave, p)
     return p
@@ -183,7 +183,7 @@ def loop(p: Parts) -> None:
             with p.watch("update"):
                 batch = p.replay.sample(config.batch_size, config.batch_length).to(p.agent.device)
                 if p.meter.is_new:
-                    check_gradients(p.agent, batch)
+                    check_gradients(p.agent, batch)  # MPS has had wrong ones: there they are compared with a CPU's
                 p.meter.add(p.agent.train_step(batch))
             p.stop.check()
         if overlap:

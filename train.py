@@ -45,7 +45,7 @@ class Range:
 
 
 T = TypeVar("T")
-Fixed = Annotated[T, "fixed"]  # a run keeps it when it is resumed: weights or stored episodes depend on it
+Fixed = Annotated[T, "fixed"]  # a resumed run keeps it: weights, or what stored actions and pictures mean, depend on it
 Env = Annotated[T, "env"]  # a keyword of `make_env`
 Count = Annotated[int, Range(1, 1e12)]
 Whole = Annotated[int, Range(0, 1e12)]
@@ -107,7 +107,7 @@ class Config:
     train_every: Annotated[float, Range(0.001)] = 5  # agent steps between two updates; may be a fraction
     replay_focus: Share = 0.5  # share of a batch from the newest and the best tenth of the episodes, half of it each
     held_actions: Share = 0.5  # share of training episodes in which random commands are held; falls to 0 with success
-    greedy_episodes: Share = 0.5  # share of training episodes without noise, times the success rate of the last 10
+    greedy_episodes: Share = 0.5  # training episodes without noise: this share times the success rate of the last 10
     batch_size: Count = 16  # sequences in a batch
     batch_length: Count = 50  # agent steps in a sequence
 
@@ -286,7 +286,7 @@ REWARD_MOMENTUM = 0.01  # share of the newest batch in the running size of rewar
 RANGE_MOMENTUM = 0.01  # share of the newest update in the running range of returns
 LOW, HIGH = 0.05, 0.95  # quantiles of the returns, between which their range is taken
 LEAST_REWARD = 1e-3  # rewards are divided by at least this much: there may be none but zeros
-ALMOST_ONE = 0.999  # learned rewards are kept to it where tanh is undone: a prediction may lie beyond 1
+ALMOST_ONE = 0.999  # learned rewards are clamped to it before atanh: a prediction may lie beyond 1
 SATURATED = 0.95  # an action beyond it counts as saturated in the metrics
 USED_NATS, USED_VARIANCE = 0.01, 0.01  # above it, a latent tells something about the image (`latents_used`)
 
@@ -320,7 +320,7 @@ class WorldModel(nn.Module):
     """Encoder, RSSM, decoder, reward and discount heads, and their loss."""
 
     reward_var: Tensor  # (), running variance of the rewards in a batch, which began at 0
-    reward_known: Tensor  # (), the weight of batches in `reward_var`; divided by it, that 0 is gone
+    reward_known: Tensor  # (), the weight of batches in `reward_var`, which is divided by it: Adam's bias correction
 
     def __init__(self, config: Config, image_shape: tuple[int, int, int], action_size: int):
         super().__init__()
@@ -351,8 +351,8 @@ class WorldModel(nn.Module):
             "reward": -self.reward(self._head_input("reward", feat)).log_prob(reward).mean(),
         }
         if self.discount is not None:
-            goes_on = c.discount * (1.0 - batch.is_terminal.float())
-            losses["discount"] = -self.discount(self._head_input("discount", feat)).log_prob(goes_on).mean()
+            discount = c.discount * (1.0 - batch.is_terminal.float())
+            losses["discount"] = -self.discount(self._head_input("discount", feat)).log_prob(discount).mean()
         losses["kl"], kl = kl_loss(
             self.rssm.kl, post.stats, prior, balance=c.kl_balance, free=c.kl_free, free_avg=c.kl_free_avg
         )
@@ -485,8 +485,9 @@ class Behavior(nn.Module):
             imagined.reward[:-1], target_value[:-1], imagined.discount[:-1], target_value[-1], c.return_lambda
         )
         # The action drawn at state i shows its effect from state i + 1 on: policies 0 .. H - 2 meet returns
-        # 1 .. H - 1, and baselines of states 0 .. H - 2, as the author has it. The last policy's action only feeds
-        # the bootstrap value.
+        # 1 .. H - 1, and baselines of states 0 .. H - 2, as the author has it: these values count their state's own
+        # reward too, but a baseline may be any function of the state. The last policy's action only feeds the
+        # bootstrap value.
         policy = self.actor.distribution(*(x[:-1] for x in imagined.policy))
         entropy = policy.entropy(draws)
         objective = self._objective(policy, imagined.action[1:-1], returns[1:], target_value[:-2])
@@ -608,7 +609,7 @@ MAX_SKIPPED_IN_A_ROW = 10  # updates; after that the run ends
 class Optimizer:
     """Adam with global-norm clipping and decoupled decay, as the author's TensorFlow code computes them.
 
-    There, epsilon is added before the second moment's bias correction. Torch adds it after that, so torch's epsilon is
+    TensorFlow adds epsilon before the second moment's bias correction. Torch adds it after that, so torch's epsilon is
     divided by the correction. The decay is not multiplied by the learning rate. A step whose gradient is not finite is
     skipped and counted on the device, so that the host need not wait for it.
     """
@@ -713,7 +714,7 @@ class Dreamer:
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One update of everything on a batch (T, B, ...) on the agent's device. Returns detached scalars."""
-        if self.updates == 0 and self.config.image_norm != "none":
+        if self.updates == 0 and self.config.image_norm != "none":  # once: later, networks would see other pictures
             for encoder in self.world_model.encoder, self.averaged.encoder:
                 encoder.normalize(batch.image)
         self.behavior.set_entropy_weight(self.updates)

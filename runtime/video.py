@@ -108,7 +108,7 @@ def open_loop_video(truth: np.ndarray, model: np.ndarray, cameras: Sequence[str]
     shown = {"truth": truth, "model": model, "error": (model - truth + 1) / 2}
     by_camera = {what: _by_camera(images, cameras) for what, images in shown.items()}
     rows = {f"{camera}\n{what}": by_camera[what][camera] for camera in by_camera["truth"] for what in shown}
-    return _film(rows, functools.partial(_phase, context=context))
+    return _grid(rows, functools.partial(_phase, context=context))
 
 
 def dream_video(
@@ -129,7 +129,7 @@ def dream_video(
     def footer(t: int) -> list[str]:
         return [f"{x:.2f}" for x in reward[t - len(seen)]] if t >= len(seen) else [""] * image.shape[1]
 
-    return _film(_by_camera(image, cameras), header, footer, "reward")
+    return _grid(_by_camera(image, cameras), header, footer, "reward")
 
 
 def _by_camera(image: np.ndarray, cameras: Sequence[str]) -> dict[str, np.ndarray]:
@@ -143,7 +143,7 @@ def _phase(t: int, context: int) -> tuple[str, Color]:
     return f"imagined step {t - context + 1}", ORANGE
 
 
-def _film(
+def _grid(
     rows: dict[str, np.ndarray],
     header: Callable[[int], tuple[str, Color]],
     footer: Callable[[int], list[str]] | None = None,
