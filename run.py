@@ -54,12 +54,9 @@ def main(argv: list[str] | None = None, make_env: MakeEnv = make_robosuite_env) 
                 say(f"report {write_report(command.report)}")
             else:
                 train(command.config, command.given, make_env)
-        except UserError as error:
+        except (UserError, Failure, fast.CaptureError) as error:
             print(f"error: {error}", file=sys.stderr)
-            return 2
-        except (Failure, fast.CaptureError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
+            return 2 if isinstance(error, UserError) else 1
         except torch.OutOfMemoryError as error:  # a GPU's
             reason = str(error).split(". ")[0]
             print(f"error: {reason}: a smaller --batch_size or --imagine_starts takes less", file=sys.stderr)

@@ -57,7 +57,7 @@ class Command(typing.NamedTuple):
 def parse(argv: Sequence[str]) -> Command:
     """The configuration that flags, preset and Config give together, and what to do. UserError for wrong input."""
     check_fields(Config())  # the block in train.py may have been edited
-    words = [part for word in _capitalize(argv) for part in _list_parts(word)]
+    words = list(_words(argv))
     with tyro._errors.on_parse_error(_refuse):
         flags = tyro.cli(
             Flags,
@@ -94,22 +94,16 @@ def _field(word: str) -> str:
     return word.split("=")[0].lstrip("-").replace("-", "_")
 
 
-def _capitalize(argv: Sequence[str]) -> Iterator[str]:
-    """`--save_replay=false`, as a sweep writes it, in the form that tyro takes: `--save_replay=False`."""
+def _words(argv: Sequence[str]) -> Iterator[str]:
+    """A sweep's `--save_replay=false` and `--cameras=a,b` in tyro's form: `--save_replay=False`, `--cameras a b`."""
     before = ""
     for word in argv:
         flag, equals, value = word.rpartition("=")
-        hint = hints().get(_field(flag or before))
-        is_switch = hint is not None and _type_and_marks(hint)[0] is bool and value in ("true", "false")
-        yield flag + equals + value.capitalize() if is_switch else word
+        default = getattr(Config, _field(flag or before), None)
+        if isinstance(default, bool) and value in ("true", "false"):
+            word = flag + equals + value.capitalize()
+        yield from [flag, *value.split(",")] if flag.startswith("--") and isinstance(default, tuple) else [word]
         before = word
-
-
-def _list_parts(word: str) -> list[str]:
-    """`--cameras=a,b`, as a sweep writes a list, in the form that tyro takes: `--cameras a b`."""
-    flag, equals, values = word.partition("=")
-    is_list = isinstance(getattr(Config, _field(flag), None), tuple)
-    return [flag, *values.split(",")] if flag.startswith("--") and equals and is_list else [word]
 
 
 def _path(name: str) -> Path:

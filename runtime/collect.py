@@ -301,14 +301,12 @@ class Collector:
             return
         # The policy takes over from random actions, or from nothing after a resume.
         is_first = np.ones_like(self.resets) if self.act_state is None else self.resets
-        images, first = (torch.as_tensor(x, device=self.agent.device) for x in (self.image, is_first))
-        greedy = torch.as_tensor(self.greedy, device=self.agent.device)
+        device = self.agent.device
+        images, first, greedy = (torch.as_tensor(x, device=device) for x in (self.image, is_first, self.greedy))
         wanted, state = self.agent.act(images, self.act_state, first, deterministic=greedy)
         self.action = self.held_actions(wanted.float().cpu().numpy(), is_random=False)
         # Store the executed action, so that the policy's state matches the replay.
-        self.act_state = state._replace(
-            action=torch.as_tensor(self.action, dtype=torch.float32, device=self.agent.device)
-        )
+        self.act_state = state._replace(action=torch.as_tensor(self.action, dtype=torch.float32, device=device))
 
     def _tell_faults(self, info: dict[str, Any]) -> np.ndarray:
         """Say which environments were built anew; (num_envs,) bool."""

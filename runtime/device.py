@@ -241,13 +241,6 @@ def gradient_deviation(gradients: dict[str, Tensor], reference: dict[str, Tensor
     It is relative to the norm of the parameter's own gradient, or to a millionth of the norm of all of them if that
     is more: rounding alone decides what a gradient is that cancels to almost zero.
     """
-    floor = 1e-6 * float(torch.nn.utils.get_total_norm(list(reference.values())))
-    worst, where = 0.0, ""
-    for name, expected in reference.items():
-        difference = float((gradients[name].cpu() - expected).norm())
-        deviation = difference / max(float(expected.norm()), floor, 1e-30)
-        if math.isnan(deviation):
-            deviation = math.inf
-        if deviation > worst:
-            worst, where = deviation, name
-    return worst, where
+    floor = max(1e-30, 1e-6 * float(torch.nn.utils.get_total_norm(list(reference.values()))))
+    off = [float((gradients[name].cpu() - x).norm()) / max(float(x.norm()), floor) for name, x in reference.items()]
+    return max(zip([math.inf if math.isnan(x) else x for x in off], reference, strict=True))

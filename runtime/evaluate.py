@@ -350,7 +350,7 @@ class Evaluator:
     long as the run.
     """
 
-    SAVED = ("evaluated", "filmed", "largest", "best", "best_step", "best_success", "incomplete")
+    SAVED = ("evaluated", "filmed", "largest", "best", "best_step", "best_success", "incomplete", "unwritten")
 
     def __init__(
         self,
@@ -478,25 +478,20 @@ class Evaluator:
 
     def state_dict(self) -> dict[str, Any]:
         """What was evaluated, by which evaluations, and a policy that the disk has not taken yet."""
-        left = self.unwritten and (torch.frombuffer(bytearray(self.unwritten[0]), dtype=torch.uint8), self.unwritten[1])
-        return {name: getattr(self, name) for name in self.SAVED} | {"kind": self._kind(), "unwritten": left}
+        return {name: getattr(self, name) for name in self.SAVED} | {"kind": self._kind()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on; with evaluations of another kind, the search for the best policy starts anew."""
         for name in self.SAVED:
             setattr(self, name, state[name])
-        if state["unwritten"]:
-            data, figures = state["unwritten"]
-            self.unwritten = data.numpy().tobytes(), figures
         if state["kind"] != self._kind():
             say("evaluations can't be compared with those before: the next one's policy is the best so far")
             self.best, self.best_step = -math.inf, -1
             self.best_success = self.largest = 0.0
 
     def _kind(self) -> dict[str, Any]:
-        return eval_options(self.config) | {
-            name: getattr(self.config, name) for name in ("eval_action", "eval_episodes")
-        }
+        c = self.config
+        return eval_options(c) | {"eval_action": c.eval_action, "eval_episodes": c.eval_episodes}
 
     def _film(self, step: int, episode: Episode | None, analysis: Analysis, draws: Draws) -> None:
         """The videos: an episode if it has frames, the model's open-loop prediction, and what the policy imagines."""
@@ -527,7 +522,7 @@ def write_left_policy(run_dir: Path, state: dict[str, Any]) -> None:
     """Write the policy that the disk refused when a run finished, if it did; Failure if it still does."""
     if state["unwritten"]:
         try:
-            write_file(run_dir / "policy.pt", state["unwritten"][0].numpy().tobytes())
+            write_file(run_dir / "policy.pt", state["unwritten"][0])
         except OSError as error:
             raise Failure(f"{run_dir / 'policy.pt'} can't be written: {error}") from error
         say(f"{run_dir / 'policy.pt'} could not be written then: it is now")

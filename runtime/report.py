@@ -90,22 +90,19 @@ class RunData:
 
     def cards(self) -> list[tuple[str, str]]:
         """The key figures as (label, value)."""
-        total = self.config.get("steps")
-        cards = [("control steps" + (f" of {total:,}" if total else ""), f"{self.lines[-1]['env_step']:,}")]
-        returns, success = self.series("eval/return_mean")[1], self.series("eval/success_rate")[1]
+        total, best = self.config.get("steps"), self.best_evaluation() or {}
         wanted = self.config.get("eval_episodes", 1)  # episodes; an incomplete evaluation says too little
         whole = [x["eval/success_rate"] for x in self.lines if x.get("eval/episodes", 0) >= wanted]
-        if len(returns):
-            cards.append(("evaluation return, last", f"{returns[-1]:.1f}"))
-        if best := self.best_evaluation():
-            cards.append(("evaluation return, policy kept", f"{best['eval/return_mean']:.1f}"))
-        if len(success):
-            cards.append(("success rate, last", f"{success[-1]:.0%}"))
-        if whole:
-            cards.append(("best success rate", f"{max(whole):.0%}"))
-        cards.append(("training episodes", f"{len(self.series('episode/return')[0])}"))
         latest = {name: value for line in self.lines for name, value in line.items()}
-        return cards + [(label, text) for label, form in CARDS.items() if (text := _fill(form, latest))]
+        cards = {
+            "control steps" + (f" of {total:,}" if total else ""): f"{latest['env_step']:,}",
+            "evaluation return, last": _fill("{eval/return_mean:.1f}", latest),
+            "evaluation return, policy kept": _fill("{eval/return_mean:.1f}", best),
+            "success rate, last": _fill("{eval/success_rate:.0%}", latest),
+            "best success rate": f"{max(whole):.0%}" if whole else "",
+            "training episodes": f"{len(self.series('episode/return')[0])}",
+        } | {label: _fill(form, latest) for label, form in CARDS.items()}
+        return [(label, text) for label, text in cards.items() if text]
 
     def best_evaluation(self) -> dict[str, float] | None:
         """The line of the evaluation whose policy was kept, if there was one."""
@@ -269,15 +266,10 @@ def _curve(axes: "Axes", panel: Panel, run: RunData, name: str, color: str, dash
         return
     if panel.mean_of > 1:
         axes.plot(steps, values, ".", markersize=4, alpha=0.3, color=color, markeredgewidth=0)
-        steps, values = _running_mean(steps, panel.mean_of), _running_mean(values, panel.mean_of)
+        count = min(panel.mean_of, len(values))  # of all if they are fewer
+        steps, values = (np.convolve(x, np.full(count, 1 / count), "valid") for x in (steps, values))
     marker = "o" if len(steps) < 40 and panel.mean_of == 1 else None
     axes.plot(steps, values, color=color, linestyle=dash, linewidth=1.5, marker=marker, markersize=2.5)
     spread = run.series(panel.spread)[1]
     if len(spread) == len(values):
         axes.fill_between(steps, values - spread, values + spread, color=color, alpha=0.15, linewidth=0)
-
-
-def _running_mean(values: np.ndarray, count: int) -> np.ndarray:
-    """Average over `count` successive values, (N,) -> (N - count + 1,), or over all if there are fewer."""
-    count = min(count, len(values))
-    return np.convolve(values, np.full(count, 1 / count), mode="valid")
