@@ -400,12 +400,13 @@ def test_an_evaluator_remembers_its_evaluations(capsys):
 
     evaluator = evaluator_of(config)
     names = Evaluator.SAVED
-    assert names == ("evaluated", "filmed", "largest", "best", "best_step", "best_success", "incomplete")
-    for number, name in enumerate(names, start=1):
-        setattr(evaluator, name, number)
+    assert names == ("evaluated", "filmed", "largest", "best", "best_step", "best_success", "incomplete", "unwritten")
+    values = [1, 2, 3, 4, 5, 6, 7, (bytes(range(256)), {"eval/success_rate": 0.5})]
+    for name, value in zip(names, values, strict=True):
+        setattr(evaluator, name, value)
     again = evaluator_of(config)
     again.load_state_dict(through_a_file(evaluator.state_dict()))
-    assert [getattr(again, name) for name in names] == [1, 2, 3, 4, 5, 6, 7] and capsys.readouterr().out == ""
+    assert [getattr(again, name) for name in names] == values and capsys.readouterr().out == ""
     assert again.state_dict() == evaluator.state_dict()
     changed = evaluator_of(tiny_config(eval_action="mode"))
     changed.load_state_dict(through_a_file(evaluator.state_dict()))
