@@ -78,7 +78,7 @@ class Config:
     control_freq: Env[Positive] = 20  # control steps in a second of simulated time; must divide the physics rate
     action_repeat: Env[Fixed[Count]] = 2  # control steps for which the robot holds each action of the agent
     episode_steps: Env[Count] = 200  # control steps in a training episode; greedy_episodes have eval_steps
-    reward_shaping: Env[bool] = True  # give a dense reward in [0, 1]; if false, reward only success
+    reward_shaping: Env[bool] = True  # give a dense reward, if the task has one; if false, reward only success
     physics_step: Env[Positive] = 0.002  # seconds of a physics step: 0.002, as in RoboSuite, or 0.005 at half the cost
     num_envs: Count = 1  # environments that run at once, each in a worker process if there are several
 
@@ -97,7 +97,7 @@ class Config:
     eval_steps: Whole = 500  # control steps in an evaluation episode; 0: as many as in a training episode
     eval_action: Literal["mean", "mode"] = "mean"  # action of an evaluation: mean or mode of the policy's distribution
     eval_episodes: Count = 10  # episodes in an evaluation; twice as many at the end of a run; 20 with --eval
-    video_every: Count = 20_000  # control steps, at least, between two evaluations that are filmed
+    video_every: Count = 20_000  # control steps, at least, between two filmed evaluations; the last is always filmed
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: WANDB_MODE, else online if there is a key
 
     # replay
@@ -158,7 +158,7 @@ class Config:
     actor_eps: Positive = 1e-5  # epsilon of the actor's Adam optimizer
     actor_clip: Positive = 100.0  # largest global norm of the actor's gradient
     actor_decay: Share = 1e-6  # each update multiplies the actor's parameters by 1 minus this number
-    policy_average: Share = 0.99  # momentum of the averaged policy, which is the one that is evaluated; 0: no average
+    policy_average: Share = 0.99  # decay of the policy's exponential moving average, which is evaluated; 0: none
     return_norm: bool = True  # divide the actor's returns by the running width of their 5 - 95 % range, if above 1
     value_layers: Fixed[Whole] = 4  # hidden layers of the critic
     value_units: Size = 400  # units of each hidden layer of the critic
@@ -269,10 +269,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+BINS = ("PickPlace", "PickPlaceBread", "PickPlaceCan", "PickPlaceCereal", "PickPlaceMilk", "PickPlaceSingle")
 TASKS: dict[str, dict[str, Any]] = {  # constants that a task replaces, unless a preset or a flag does
     "Door": {"cameras": ("sideview", "robot0_eye_in_hand")},  # agentview hardly shows its door and the hand
     "Stack": {"camera_radius": 0.3},  # in RoboSuite's sideview, the red cube is one pixel wide at 32 pixels
-    "PickPlaceCan": {"cameras": ("robot0_robotview", "robot0_eye_in_hand")},  # in agentview the can is 3 pixels wide
+    # These have no sideview, and in agentview a can is three pixels wide.
+    **dict.fromkeys(BINS, {"cameras": ("robot0_robotview", "robot0_eye_in_hand")}),
 }
 
 
@@ -327,7 +329,7 @@ class WorldModel(nn.Module):
         c = self.config = config
         channels, size = image_shape[0], image_shape[1]
         self.encoder = Encoder(size, channels, c.cnn_depth, whiten=c.image_norm == "white")
-        self.rssm = build_rssm(c, self.encoder.embed_size, action_size)
+        self.rssm = RSSM(self.encoder.embed_size, action_size, c.deter, c.hidden, c.stoch, c.classes)
         self.decoder = Decoder(self.rssm.feat_size, size, channels, c.cnn_depth)
         self.reward = Head(self.rssm.feat_size, c.reward_layers, c.reward_units, UnitNormal)
         self.register_buffer("reward_var", torch.zeros(()))
@@ -469,7 +471,7 @@ class Behavior(nn.Module):
     def __init__(self, config: Config, feat_size: int, action_size: int):
         super().__init__()
         c = self.config = config
-        self.actor = build_actor(c, feat_size, action_size)
+        self.actor = Actor(feat_size, action_size, c.actor_layers, c.actor_units, c.actor_dist, c.trunc_normal_gradient)
         self.value = Head(feat_size, c.value_layers, c.value_units, UnitNormal)
         self.target_value = copy.deepcopy(self.value).requires_grad_(False)
         self.register_buffer("return_range", torch.zeros(()))
@@ -562,9 +564,9 @@ class Policy(nn.Module):
     @classmethod
     def build(cls, config: Config, image_shape: tuple[int, int, int], action_size: int) -> "Policy":
         """A freshly initialized policy, for weights that are loaded next."""
-        encoder = Encoder(image_shape[1], image_shape[0], config.cnn_depth, config.image_norm == "white")
-        rssm = build_rssm(config, encoder.embed_size, action_size)
-        return cls(encoder, rssm, build_actor(config, rssm.feat_size, action_size), config.eval_action)
+        model = WorldModel(config, image_shape, action_size)
+        actor = Behavior(config, model.rssm.feat_size, action_size).actor
+        return cls(model.encoder, model.rssm, actor, config.eval_action)
 
     def initial(self, batch: int) -> ActState:
         """The state before the first step."""
@@ -837,16 +839,6 @@ class Dreamer:
             index = self.draws.subset(total, count, is_terminal.device)
             return start.map(lambda x: x[index]), is_terminal[index]
         return start, is_terminal
-
-
-def build_rssm(c: Config, embed_size: int, action_size: int) -> RSSM:
-    """A freshly initialized RSSM of the configured sizes, for the world model and for a policy that is loaded."""
-    return RSSM(embed_size, action_size, c.deter, c.hidden, c.stoch, c.classes)
-
-
-def build_actor(c: Config, feat_size: int, action_size: int) -> Actor:
-    """A freshly initialized actor of the configured size and distribution, likewise."""
-    return Actor(feat_size, action_size, c.actor_layers, c.actor_units, c.actor_dist, c.trunc_normal_gradient)
 
 
 def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, bootstrap: Tensor, lambda_: float) -> Tensor:

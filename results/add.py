@@ -2,9 +2,9 @@
 
     python results/add.py runs/Lift_cpu_3 --cores 2 --hardware "AMD EPYC, no GPU" --note "nothing else ran beside it"
 
-A run of a preset as it is goes into lift.csv (or the csv of its task) and runs.csv. A run with other constants or other
-code needs a `--name` that tells it apart, and goes into experiments/curves.csv and experiments/runs.csv. Adding a run
-again replaces what the tables have of it, for instance once it has gone on.
+A run of the preset `cpu` as it is goes into lift.csv (or the csv of its task) and runs.csv. A run with another preset,
+other constants or other code needs a `--name` that tells it apart, and goes into experiments/curves.csv and
+experiments/runs.csv. Adding a run again replaces what the tables have of it, for instance once it has gone on.
 """
 
 import argparse
@@ -129,13 +129,14 @@ def add(run_dir: Path, name: str, **columns: str) -> str:
     """Put a run into the tables, in place of what they have of it, and return its name.
 
     `columns` are those that the run folder does not know: cores, commit, hardware, note.
-    Raises ValueError for a run with changed constants that has no name of its own.
+    Raises ValueError for a run with changed constants, or of another preset than `cpu`, that has no name of its own.
     """
     config = read_config(run_dir)
     changed = overrides(config)
-    is_claim = not name and not changed.keys() - STILL_THE_PRESET
+    is_claim = not name and config.preset == "cpu" and not changed.keys() - STILL_THE_PRESET
     if not is_claim and not name:
-        raise ValueError(f"{run_dir} has constants of its own ({flags(changed)}): give it a --name")
+        why = f"has constants of its own ({flags(changed)})" if config.preset == "cpu" else f"is of {config.preset}"
+        raise ValueError(f"{run_dir} {why}: give it a --name")
     name = name or f"{config.task.lower()}-{config.preset}-seed{config.seed}"
     curve, hours = read_curve(run_dir, config, name)
     row: dict[str, Any] = columns | {

@@ -175,7 +175,7 @@ def table() -> list[str]:
             f"{int(last['env_step']):,}",
             f"{float(last['return']):.0f} ± {spread:.{0 if spread >= 1 else 1}f}",
             f"{100 * float(last['success']):.0f} % of {last['episodes']}",
-            f"{float(last['hours']):.1f}" if last["hours"] else "not kept",
+            f"{float(last['hours']):.1f}",
             run["cores"],
             f"{int(first['env_step']):,}, {60 * float(first['hours']):.0f} min" if first else "not yet",
             run["commit"].split(";")[-1].split()[0],

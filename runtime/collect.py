@@ -28,11 +28,11 @@ class HeldActions:
     Noise that is drawn anew in every step averages out: it leaves the fingers half open, since only the sign of their
     command counts and they need 0.4 s, and it takes the hand nowhere. A `share` of the policy's episodes is disturbed,
     less if the task is often solved. In these, the gripper is held at random times, and the hand goes straight on once,
-    from a random step of the episode's middle half: one of the first `moves` actions is at its bound while the arm's
-    others are 0. Where that solves the task, the hand then rests for as many steps, with 0 for all of the arm's
-    actions: if it went on, it would let go of the open door, and a policy that has never opened it would shut it.
-    Nothing else is held in an episode that is solved. The random actions before training have the gripper held all the
-    time. When a run goes on, only the state of `rng` has to come back.
+    from a random step of the episode's middle half: one of the first `moves` actions is at its bound while all
+    others but a gripper's are 0. Where that solves the task, the hand then rests for as many steps, with all of them 0:
+    if it went on, it would let go of the open door, and a policy that has never opened it would shut it. Nothing else
+    is held in an episode that is solved. The random actions before training have the gripper held all the time. When a
+    run goes on, only the state of `rng` has to come back.
 
     Args:
         share: of the policy's episodes; with 0 nothing is held, before training either.

@@ -126,6 +126,9 @@ def test_a_run_folder_is_added(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--train_every=2.*--name"):
         add.add(folder, "", **columns)
     add.add(folder, "every2-seed3", **columns)
+    (folder / "config.json").write_text(json.dumps(asdict(replace(Config(), preset="standard"))))
+    with pytest.raises(ValueError, match="standard: give it a --name"):  # lift.csv holds runs of `cpu` only
+        add.add(folder, "", **columns)
     assert add.read_table(tmp_path / "experiments" / "runs.csv")[0]["overrides"] == "--train_every=2"
     assert len(add.read_table(tmp_path / "runs.csv")) == 1
 
