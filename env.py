@@ -417,9 +417,9 @@ def _check_rates(control_freq: float, physics_step: float) -> None:
     def divides(frequency: float) -> bool:
         steps = 1 / (frequency * physics_step)
         # RoboSuite rounds the second expression down: at 15 Hz a control step would be 66 ms instead of 66.7.
-        return abs(steps - round(steps)) < 1e-6 and int((1 / frequency) / physics_step) == round(steps) > 0
+        return abs(steps - round(steps)) < 1e-6 and int((1 / frequency) / physics_step) == round(steps)
 
-    if not isinstance(control_freq, int | float) or control_freq <= 0 or not divides(control_freq):
+    if not isinstance(control_freq, int | float) or not (1 <= control_freq <= 500 and divides(control_freq)):
         valid = ", ".join(f"{f:g}" for f in (1, 2, 4, 5, 8, 10, 12.5, 20, 25, 40, 50, 100) if divides(f))
         rate = f"the physics rate of {1 / physics_step:g} Hz"
         raise ValueError(f"control_freq={control_freq!r}: must divide {rate}: use one of {valid}")

@@ -27,6 +27,7 @@ from runtime.console import Failure, ProgressBar, Stopped, StopSignals, UserErro
 from runtime.device import (
     check_gradients,
     keep_freed_memory,
+    lack_of_memory,
     limit_threads,
     load_triton,
     make_replay,
@@ -57,8 +58,9 @@ def main(argv: list[str] | None = None, make_env: MakeEnv = make_robosuite_env) 
         except (UserError, Failure, fast.CaptureError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2 if isinstance(error, UserError) else 1
-        except torch.OutOfMemoryError as error:  # a GPU's
-            reason = str(error).split(". ")[0]
+        except (RuntimeError, MemoryError) as error:
+            if not (reason := lack_of_memory(error)):
+                raise
             print(f"error: {reason}: a smaller --batch_size or --imagine_starts takes less", file=sys.stderr)
             return 1
         except Stopped as stop:

@@ -46,10 +46,12 @@ class Range:
 
 T = TypeVar("T")
 Fixed = Annotated[T, "fixed"]  # a resumed run keeps it: weights, or what stored actions and pictures mean, depend on it
+Kept = Annotated[T, "kept"]  # a resumed run keeps it, but an evaluation of its policy may have another
 Env = Annotated[T, "env"]  # a keyword of `make_env`
 Count = Annotated[int, Range(1, 1e12)]
 Whole = Annotated[int, Range(0, 1e12)]
 Size = Annotated[int, Range(1, 1e5), "fixed"]
+Layers = Annotated[int, Range(0, 100), "fixed"]
 Positive = Annotated[float, Range(0, above=True)]
 Weight = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]
@@ -75,7 +77,7 @@ class Config:
     cameras: Env[Fixed[tuple[str, ...]]] = ("agentview", "sideview", "robot0_eye_in_hand")  # the cameras of the agent
     camera_radius: Env[Fixed[Weight]] = 0.0  # meters that standing cameras show of the workplace; 0: RoboSuite's own
     image_size: Env[Fixed[Literal[32, 64, 128]]] = 64  # height and width of a camera picture, in pixels
-    control_freq: Env[Positive] = 20  # control steps in a second of simulated time; must divide the physics rate
+    control_freq: Env[Kept[Positive]] = 20  # control steps in a second of simulated time; must divide the physics rate
     action_repeat: Env[Fixed[Count]] = 2  # control steps for which the robot holds each action of the agent
     episode_steps: Env[Count] = 200  # control steps in a training episode; greedy_episodes have eval_steps
     reward_shaping: Env[bool] = True  # give a dense reward, if the task has one; if false, reward only success
@@ -84,7 +86,7 @@ class Config:
 
     # run
     preset: Literal["auto", "standard", "cpu", "debug", "paper"] = "auto"  # auto: standard on an NVIDIA GPU, else cpu
-    seed: Annotated[int, Range(0, 2**32 - 1)] = 0  # seed of every random draw of training
+    seed: Kept[Annotated[int, Range(0, 2**32 - 1)]] = 0  # seed of every random draw of training
     steps: Count = 500_000  # control steps in the whole run, random ones at the start included
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of cuda, mps and cpu that is available
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # for products of matrices; auto: bfloat16 if possible
@@ -118,10 +120,10 @@ class Config:
     deter: Size = 200  # size of the GRU state
     hidden: Size = 200  # units of the layers that lead into the GRU and to the prior and the posterior
     stoch: Size = 32  # number of stochastic latent variables
-    classes: Fixed[Whole] = 32  # classes of each latent variable; 0: Gaussian latent variables
-    reward_layers: Fixed[Whole] = 4  # hidden layers of the reward head
+    classes: Annotated[int, Range(0, 1e4), "fixed"] = 32  # classes of each latent variable; 0: Gaussian ones
+    reward_layers: Layers = 4  # hidden layers of the reward head
     reward_units: Size = 400  # units of each hidden layer of the reward head
-    discount_layers: Fixed[Whole] = 4  # hidden layers of the discount head
+    discount_layers: Layers = 4  # hidden layers of the discount head
     discount_units: Size = 400  # units of each hidden layer of the discount head
     discount_head: Fixed[bool] = True  # learn where episodes terminate; if false, the discount is constant
     grad_heads: Heads = ("decoder", "reward", "discount")  # heads whose gradients shape the latent state
@@ -144,7 +146,7 @@ class Config:
     imagine_starts: Whole = 0  # number of a batch's states, drawn at random, from which rollouts start; 0: all
     discount: Share = 0.98  # discount factor of one agent step
     return_lambda: Share = 0.95  # lambda of the lambda-return
-    actor_layers: Fixed[Whole] = 4  # hidden layers of the actor
+    actor_layers: Layers = 4  # hidden layers of the actor
     actor_units: Size = 400  # units of each hidden layer of the actor
     actor_dist: Fixed[Literal["trunc_normal", "tanh_normal"]] = "trunc_normal"  # distribution of the actions
     trunc_normal_gradient: Literal["straight_through", "exact"] = "straight_through"  # gradient of trunc_normal samples
@@ -160,7 +162,7 @@ class Config:
     actor_decay: Share = 1e-6  # each update multiplies the actor's parameters by 1 minus this number
     policy_average: Share = 0.99  # decay of the policy's exponential moving average, which is evaluated; 0: none
     return_norm: bool = True  # divide the actor's returns by the running width of their 5 - 95 % range, if above 1
-    value_layers: Fixed[Whole] = 4  # hidden layers of the critic
+    value_layers: Layers = 4  # hidden layers of the critic
     value_units: Size = 400  # units of each hidden layer of the critic
     value_lr: Positive = 8e-5  # learning rate of the critic
     value_eps: Positive = 1e-5  # epsilon of the critic's Adam optimizer

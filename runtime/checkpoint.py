@@ -338,10 +338,12 @@ class Checkpointer:
         if self.held is None or (self.held["step"] == self.saved_step and not env_failed):
             return
         self.held["collector"]["restarts"] += env_failed
+        again = self.held["step"] == self.saved_step
         try:
             save_checkpoint(self.run_dir, self.held["step"], self.held, self.held["best_step"])
             self.saved_step, self.saved_at = self.held["step"], time.monotonic()
-            self.replay.prune()
+            if not again:  # the checkpoint before is still there, and needs its episodes
+                self.replay.prune()
         except (OSError, RuntimeError) as error:  # torch.save turns some errors of the system into RuntimeErrors
             self._warn(error)
             return

@@ -86,7 +86,19 @@ def parse(argv: Sequence[str]) -> Command:
         check_fields(config)
     elif not flags.report:
         check_config(config)
+        if flags.preset == "auto" and preset == "cpu":
+            _check_no_gpu_run(config)
     return Command(config, given, _path(flags.eval) if flags.eval else None, [_path(name) for name in flags.report])
+
+
+def _check_no_gpu_run(config: Config) -> None:
+    """Refuse to begin a small run beside the one that the same command began on a GPU, which is missing (UserError)."""
+    on_gpu = run_dir(dataclasses.replace(config, preset="standard"))
+    if on_gpu != run_dir(config) and on_gpu.is_dir() and not run_dir(config).is_dir():
+        raise UserError(
+            f"preset auto is cpu, as no NVIDIA GPU is available here, but {on_gpu} is a run of standard: "
+            "name the --preset"
+        )
 
 
 def _field(word: str) -> str:
@@ -133,7 +145,8 @@ def _refuse(event: Any) -> NoReturn:
 def check_fits_policy(given: dict[str, Any], config: Config) -> None:
     """Refuse flags that an evaluation would ignore, unless the policy was trained with them (UserError)."""
     env, fixed = marked("env"), marked("fixed")
-    free = {*env, "device", "num_envs", "eval_episodes", "eval_steps", "eval_action"} - {*fixed, "episode_steps"}
+    free = {*env, "num_envs", "eval_episodes", "eval_steps", "eval_action"} - {*fixed, "episode_steps"}
+    free |= {"device", "run_dir"}
     for name, value in given.items():
         if name not in free and value != getattr(config, name):
             made = f"the policy was trained with {_text(getattr(config, name))}"
@@ -154,7 +167,7 @@ def hints() -> dict[str, Any]:
 
 
 def marked(mark: str) -> tuple[str, ...]:
-    """Names of the fields that carry a mark: `fixed`, `env`."""
+    """Names of the fields that carry a mark: `fixed`, `kept`, `env`."""
     return tuple(name for name, hint in hints().items() if mark in getattr(hint, "__metadata__", ()))
 
 
@@ -236,8 +249,8 @@ def check_config(config: Config) -> None:
 
 
 def check_same_run(run_dir: Path, saved: dict[str, Any], config: Config) -> None:
-    """Refuse to continue a run with other fixed constants (UserError); say which other constants changed."""
-    fixed = {*marked("fixed")} - ({"rotation_scale"} if config.controller != "OSC_POSE" else set())
+    """Refuse to continue a run with other fixed or kept constants (UserError); say which others have changed."""
+    fixed = {*marked("fixed"), *marked("kept")} - ({"rotation_scale"} if config.controller != "OSC_POSE" else set())
     for name, new in dataclasses.asdict(config).items():
         if name in fixed and name not in saved:  # its default of today may not be what it was
             raise UserError(f"the run in {run_dir} is from another release, without {name}: choose another --run_dir")

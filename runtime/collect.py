@@ -13,6 +13,7 @@ import torch
 from gymnasium.vector import AsyncVectorEnv
 
 from buffer import ReplayBuffer, Transition
+from runtime.checkpoint import check_finite
 from runtime.console import StopSignals, warn, warn_once
 from runtime.envs import BrokenEnv, EnvFailure, Envs, dead_workers, faults
 from runtime.logger import Stopwatch
@@ -271,6 +272,7 @@ class Collector:
         """Go on from a saved state; after an end through the environments' fault, from other draws."""
         self.step, self.episode = state["step"], state["episode"]
         self.successes.extend(state["successes"])
+        self.rng.bit_generator.state = _generator(state["action_space"], state["restarts"]).bit_generator.state
         generators = [_generator(saved, state["restarts"]) for saved in state["envs"]]
         if len(generators) != self.config.num_envs:
             warn(f"num_envs was {len(generators)}: the environments start from new seeds")
@@ -280,7 +282,6 @@ class Collector:
             self.envs.set_attr("np_random", generators)
         if state["restarts"]:
             warn("the run ended through a fault of its environments: their next episodes are drawn anew")
-        self.rng.bit_generator.state = _generator(state["action_space"], state["restarts"]).bit_generator.state
 
     def _explore(self, env: int) -> None:
         """Decide how much the episode that begins explores, and how long it is.
@@ -305,6 +306,8 @@ class Collector:
         images, first, greedy = (torch.as_tensor(x, device=device) for x in (self.image, is_first, self.greedy))
         wanted, state = self.agent.act(images, self.act_state, first, deterministic=greedy)
         self.action = self.held_actions(wanted.float().cpu().numpy(), is_random=False)
+        if not np.isfinite(self.action).all():
+            check_finite(self.agent, self.step)
         # Store the executed action, so that the policy's state matches the replay.
         self.act_state = state._replace(action=torch.as_tensor(self.action, dtype=torch.float32, device=device))
 

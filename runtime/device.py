@@ -92,6 +92,15 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # bytes free at the heap's end, above which they are given back
 
 
+def lack_of_memory(error: Exception) -> str:
+    """What an allocation that failed says of it, on a GPU or not; nothing if the error is another one."""
+    sentences = str(error).split(". ")
+    if isinstance(error, MemoryError):  # Python's, which may say nothing, or numpy's
+        return sentences[0] or "out of memory"
+    words = ("out of memory", "can't allocate memory")  # of torch's allocators
+    return next((sentence for sentence in sentences if any(word in sentence for word in words)), "")
+
+
 def memory(device: torch.device) -> dict[str, float]:
     """GB that this process takes: of RAM, and of the GPU's memory (CUDA: the most so far)."""
     figures = {"perf/ram_gb": psutil.Process().memory_info().rss / 1e9}

@@ -209,7 +209,7 @@ def dead_workers(envs: Envs) -> Iterator[None]:
     """Raise BrokenEnv where a worker process turns out to have ended."""
     try:
         yield
-    except (EOFError, ConnectionError) as error:
+    except (EOFError, OSError) as error:
         time.sleep(0.5)  # its exit code, or the signal that ended it and is meant for this process too, may be late
         codes = [process.exitcode for process in getattr(envs, "processes", ())]
         raise BrokenEnv(f"an environment's process has ended; exit codes: {codes}") from error
@@ -251,7 +251,7 @@ def build_errors() -> Iterator[None]:
     except ValueError as error:
         raise UserError(str(error)) from error
     except RuntimeError as error:  # the machine can't render
-        raise Failure(str(error)) from error
+        raise Failure(str(error) or describe_error(error)) from error
     except SystemExit as error:
         raise Failure(f"the environment called sys.exit({error.code!r}) while it was built") from error
     except (EOFError, ConnectionResetError, BrokenPipeError) as error:
@@ -259,6 +259,8 @@ def build_errors() -> Iterator[None]:
         guard = 'if __name__ == "__main__":'
         what = "a worker process ended at its start: see the error above, if there is one"
         raise UserError(f"{what}; a script that calls run.main needs `{guard}`") from error
+    except OSError as error:  # a file is missing, or too many are open
+        raise Failure(f"the environment can't be built: {describe_error(error)}") from error
 
 
 def check_spaces(envs: Envs, task: str, cameras: int, image_size: int) -> tuple[tuple[int, int, int], int]:

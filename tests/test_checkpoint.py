@@ -535,6 +535,20 @@ def test_a_file_is_deleted_only_when_the_last_two_checkpoints_need_it_no_more(tm
     assert len(restored) == 50 and {path.name for path in files.folder.iterdir()} >= needed
 
 
+def test_a_checkpoint_that_is_written_again_leaves_the_files_of_the_one_before(tmp_path):
+    """As when the environments end the run right after a save."""
+    replay, files = replay_with_files(tmp_path)
+    saver = checkpointer_of(tmp_path, files=files)
+    for number in range(10):
+        add_episode(replay, number, 10)
+        saver.hold(10 * number, -1, last=False)
+        saver.save()
+    saver.save(env_failed=True)
+    newer, older = (torch.load(path, weights_only=True) for path in checkpoint.list_checkpoints(tmp_path))
+    assert (older["step"], newer["step"], newer["collector"]["restarts"]) == (80, 90, 1)
+    assert {name for name, _, _ in older["replay"]["index"]} <= {path.name for path in files.folder.iterdir()}
+
+
 def test_after_a_resume_the_checkpoint_before_still_finds_its_episodes(tmp_path):
     """Also if fewer fit than it lists: the newest checkpoint may yet turn out to be damaged."""
     replay, files = replay_with_files(tmp_path)

@@ -74,6 +74,19 @@ def test_auto_preset_follows_the_device(monkeypatch):
         assert cli.parse([]).config.preset == preset
 
 
+def test_without_its_gpu_a_run_is_not_begun_anew(tmp_path, monkeypatch):
+    """The command that began a run of `standard` would find a folder of another name and start from nothing."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "pick_device", lambda name: torch.device("cpu"))
+    (tmp_path / "runs/Lift_standard_0").mkdir(parents=True)
+    with pytest.raises(UserError, match="^preset auto is cpu, .* runs/Lift_standard_0 is a run of standard: name the"):
+        cli.parse([])
+    for words in (["--preset", "cpu"], ["--seed", "1"], ["--run_dir", "a"], ["--eval", "a"]):
+        assert cli.parse(words).config.preset == "cpu"
+    (tmp_path / "runs/Lift_cpu_0").mkdir()
+    assert cli.parse([]).config.preset == "cpu"
+
+
 def test_every_preset_that_can_be_chosen_exists():
     """The names in the type of Config.preset are `auto` and the keys of PRESETS."""
     assert typing.get_args(parts("preset")[0]) == ("auto", *PRESETS)
@@ -224,7 +237,7 @@ def test_every_field_has_a_type_that_is_checked():
         kind, marks = parts(name)
         checked = name in RANGES or typing.get_origin(kind) is Literal or kind in (str, bool)
         assert checked or typing.get_origin(kind) is tuple, name
-        assert set(marks) <= {"env", "fixed", RANGES.get(name)}, name
+        assert set(marks) <= {"env", "fixed", "kept", RANGES.get(name)}, name
 
 
 def test_a_constant_more_is_one_line(tmp_path):
@@ -408,9 +421,9 @@ def test_rotations_decide_a_run_only_if_there_are_any():
     )  # has no rotations
 
 
-@pytest.mark.parametrize("name", cli.marked("fixed"))
+@pytest.mark.parametrize("name", [*cli.marked("fixed"), *cli.marked("kept")])
 def test_what_weights_or_episodes_depend_on_is_fixed(name, capsys):
-    """Each field marked `fixed` is refused with both values where a run goes on; the same values are taken."""
+    """Each field marked `fixed` or `kept` is refused with both values where a run goes on; equal ones are taken."""
     other = {"image_size": 128, "actor_dist": "tanh_normal", "cameras": ("sideview",), "rotation_scale": 0.5}
     value = getattr(Config(), name)
     saved = dataclasses.asdict(Config())

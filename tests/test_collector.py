@@ -309,6 +309,7 @@ class Lost(VectorEnv):
     [
         (EOFError(), r"an environment's process has ended; exit codes: \[-9\]"),
         (BrokenPipeError(), r"an environment's process has ended; exit codes: \[-9\]"),
+        (OSError("got end of file during message"), r"an environment's process has ended; exit codes: \[-9\]"),
         ("10 resets failed", "10 resets failed"),
     ],
 )
@@ -316,6 +317,15 @@ def test_environments_that_are_lost_end_the_run(error, words):
     """One line says how."""
     with pytest.raises(EnvFailure, match=words):
         collector_of([[]], envs=Lost(error)).act()
+
+
+def test_an_action_that_is_not_finite_ends_the_run():
+    """The parameter is named, before an environment or the replay has seen the action."""
+    policy = Policy(updates=1)
+    policy.skipped_in_a_row, policy.non_finite = lambda: 0, lambda: "behavior.actor.out.bias"
+    policy.act = lambda image, *_, **__: (torch.full((len(image), 4), torch.nan), Memory(0, torch.zeros(1, 4)))
+    with pytest.raises(Failure, match="step 0: behavior.actor.out.bias is not finite"):
+        collector_of([[]], policy).act()
 
 
 def test_a_worker_that_is_lost_while_a_run_is_restored_ends_it():

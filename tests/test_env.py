@@ -80,6 +80,7 @@ def test_make_env_can_be_pickled():
         ({"control_freq": 40}, "control_freq=40.*500 Hz"),
         ({"control_freq": 0}, "control_freq=0"),
         ({"control_freq": 1e10}, "control_freq=10000000000"),
+        ({"control_freq": 0.02}, "control_freq=0.02"),
         ({"control_freq": 30, "physics_step": 0.005}, "control_freq=30.*200 Hz.*20, 25, 40"),
         ({"physics_step": 0.01}, "physics_step=0.01.*0.002 or 0.005"),
         ({"seed": -1}, "seed=-1"),

@@ -504,14 +504,32 @@ def test_the_bar_fits_a_terminal(columns):
     assert len(line) <= columns and line.endswith("return 444, success 100%")
 
 
-def test_a_full_gpu_ends_in_one_line(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has 24 GiB in all."),
+            "CUDA out of memory",
+        ),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:1] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+                "allocate 8 bytes. Error code 12"
+            ),
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
+        ),
+        (MemoryError(), "out of memory"),
+    ],
+    ids=["gpu", "cpu", "python"],
+)
+def test_a_full_memory_ends_in_one_line(error, words, tmp_path, monkeypatch, capsys):
     """It says what takes less memory. The beginning has been saved."""
 
     def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has 24 GiB in all.")
+        raise error
 
     monkeypatch.setattr(Dreamer, "train_step", full)
     assert train(tmp_path / "run") == 1
-    line = "error: CUDA out of memory: a smaller --batch_size or --imagine_starts takes less\n"
+    line = f"error: {words}: a smaller --batch_size or --imagine_starts takes less\n"
     assert capsys.readouterr().err.endswith(line)
     assert checkpoint.list_checkpoints(tmp_path / "run")
