@@ -7,8 +7,8 @@
     image, reward, terminated, truncated, info = env.step(env.action_space.sample())
 
 Importing this file does no work and needs neither RoboSuite nor MuJoCo: both are imported when an
-environment is built, after the OpenGL back end has been chosen. Physics, controllers and rewards are
-RoboSuite's own, bit for bit. Four things differ from `robosuite.make`: pictures are drawn more cheaply
+environment is built, after the OpenGL back end has been chosen. With `physics_step` 0.002, `rotation_scale` 1 and
+`camera_radius` 0, physics, controllers and rewards are RoboSuite's own, bit for bit. Four things differ from `robosuite.make`: pictures are drawn more cheaply
 (render.py), a seed decides everything that is drawn at random, a reset forgets the past, and what is drawn
 when the model is built, such as the size of Lift's cube, stays as long as the environment.
 """

@@ -29,7 +29,7 @@ AGENT_REFLECTIONS = False  # They draw the scene twice: 38 -> 17 ms. A pixel mov
 AGENT_DRAWN_SIZE = 64  # Smaller pictures are averages of drawn ones at least this large: pixels cost next to nothing.
 SKIP_UNSEEN_GEOMS = True  # Half of the arm is usually out of the camera's view: 17 -> 12.5 ms. No pixel changes.
 # Meshes are coarser: the vertices in a cell of a grid are one, and a mesh's surface has about so many cells in a
-# picture of 64 x 64. 12.5 -> 7.7 ms. On average a pixel moves by 0.4 of 255 in Lift and by 1.5 in Door, whose
+# picture of 64 x 64. 12.5 -> 7.7 ms. On average a pixel moves by 0.3 of 255 in Lift and by 1.3 in Door, whose
 # agentview has the whole arm; twice the cells would cost 1 ms more in Lift. Without a pedestal it would be by 7.
 AGENT_MESH_CELLS = 4_000
 AGENT_ROUND_SIDES = 16  # of a cylinder, instead of MuJoCo's 28: 6.6 -> 6 ms, after sites; 0.06 of 255 in Door
