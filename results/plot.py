@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 SAC_EPISODE = 500  # control steps
 EXPERT = {"lift": 0.965}  # share of an episode's length that a scripted expert gets: expert.py
 HOVERING = 0.444  # the most that a hand at the cube gets without holding it, by Lift's reward
-BLUE, GRAY, RED, GREEN, ORANGE = "#0b6fb8", "0.72", "#c0392b", "#2e8b57", "#d9822b"
+BLUE, GRAY, RED, GREEN, ORANGE, BLACK = "#0b6fb8", "0.72", "#c0392b", "#2e8b57", "#d9822b", "0.1"
 # The experiments that changed the course, drawn in color: run, label.
 EASIER = {
     "first-seed0": ("first run: it hovers", RED),
@@ -124,8 +124,9 @@ def draw_sac(axis: Axes, task: str, last: float) -> None:
 
 
 def draw_experiments(path: Path) -> None:
-    """The easier task on the left, the benchmark's on the right."""
+    """The easier task on the left, the benchmark's on the right, there with the runs of the claim."""
     curves = read_curves(HERE / "experiments" / "curves.csv")
+    claim = read_curves(HERE / "lift.csv")
     rows = [row for row in read_rows(HERE / "experiments" / "runs.csv") if row["task"] == "Lift"]
     lift = {row["run"] for row in rows}
     easier = {row["run"] for row in rows if "--controller=OSC_POSITION" in row["overrides"]}
@@ -137,6 +138,10 @@ def draw_experiments(path: Path) -> None:
             steps = [step / 1000 for step in column(mine[run], "env_step")]
             width = 2 if run in chosen else 1
             axis.plot(steps, column(mine[run], "return_share"), color=color, linewidth=width, label=label or None)
+        for i, points in enumerate(claim.values() if chosen is BENCHMARK else ()):
+            steps = [step / 1000 for step in column(points, "env_step")]
+            label = "" if i else f"today's preset, {len(claim)} seeds"
+            axis.plot(steps, column(points, "return_share"), color=BLACK, linewidth=1.5, label=label or None)
         axis.plot([], [], color=GRAY, linewidth=1, label="other constants")
         axis.axhline(HOVERING, color="0.3", linewidth=1, linestyle="--")
         axis.text(0.98, HOVERING + 0.015, "hovering", transform=axis.get_yaxis_transform(), fontsize=9, ha="right")
