@@ -7,10 +7,11 @@
     image, reward, terminated, truncated, info = env.step(env.action_space.sample())
 
 Importing this file does no work and needs neither RoboSuite nor MuJoCo: both are imported when an
-environment is built, after the OpenGL back end has been chosen. With `physics_step` 0.002, `rotation_scale` 1 and
-`camera_radius` 0, physics, controllers and rewards are RoboSuite's own, bit for bit. Four things differ from `robosuite.make`: pictures are drawn more cheaply
-(render.py), a seed decides everything that is drawn at random, a reset forgets the past, and what is drawn
-when the model is built, such as the size of Lift's cube, stays as long as the environment.
+environment is built, after the OpenGL back end has been chosen. With `physics_step` 0.002, `rotation_scale` 1
+and `camera_radius` 0, physics, controllers and rewards are RoboSuite's own, bit for bit. Four things differ
+from `robosuite.make`: pictures are drawn more cheaply (render.py), a seed decides everything that is drawn at
+random, a reset forgets the past, and what is drawn when the model is built, such as the size of Lift's cube,
+stays as long as the environment.
 """
 
 import contextlib
@@ -108,15 +109,21 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._physics_step = physics_step
         self._steps: int | None = None  # control steps since the reset; None: no episode is running
         with _simulation_timestep(physics_step):
-            self._task = robosuite.make(
-                task,
-                robots=robot,
-                controller_configs=_controller_config(robot, controller, rotation_scale),
-                control_freq=control_freq,
-                reward_shaping=reward_shaping,
-                seed=int(seed),
-                **MAKE_OPTIONS,
-            )
+            try:
+                self._task = robosuite.make(
+                    task,
+                    robots=robot,
+                    controller_configs=_controller_config(robot, controller, rotation_scale),
+                    control_freq=control_freq,
+                    horizon=episode_steps,
+                    reward_shaping=reward_shaping,
+                    seed=int(seed),
+                    **MAKE_OPTIONS,
+                )
+            except TypeError as error:
+                if "unexpected keyword" not in str(error):
+                    raise
+                raise ValueError(f"task={task!r}: its class must take what RoboSuite's Lift takes: {error}") from error
         sim = self._task.sim
         _skip_observables(self._task)
         if _HeldGoal.fits(self._task):

@@ -80,7 +80,7 @@ class Config:
     control_freq: Env[Kept[Positive]] = 20  # control steps in a second of simulated time; must divide the physics rate
     action_repeat: Env[Fixed[Count]] = 2  # control steps for which the robot holds each action of the agent
     episode_steps: Env[Count] = 200  # control steps in a training episode; greedy_episodes have eval_steps
-    reward_shaping: Env[bool] = True  # give a dense reward, if the task has one; if false, reward only success
+    reward_shaping: Env[Kept[bool]] = True  # give a dense reward, if the task has one; if false, reward only success
     physics_step: Env[Positive] = 0.002  # seconds of a physics step: 0.002, as in RoboSuite, or 0.005 at half the cost
     num_envs: Count = 1  # environments that run at once, each in a worker process if there are several
 
@@ -127,7 +127,7 @@ class Config:
     discount_units: Size = 400  # units of each hidden layer of the discount head
     discount_head: Fixed[bool] = True  # learn where episodes terminate; if false, the discount is constant
     grad_heads: Heads = ("decoder", "reward", "discount")  # heads whose gradients shape the latent state
-    reward_norm: bool = False  # divide the rewards that the model learns by their spread: for very large or small ones
+    reward_norm: bool = False  # divide the rewards that the model learns by their root mean square
     reward_transform: Literal["none", "tanh", "sqrt"] = "none"  # what the model learns of each reward: its tanh or root
     reward_scale: Weight = 100.0  # weight of the reward loss; with reward_norm, 10 is about right
     discount_scale: Weight = 1.0  # weight of the discount loss
@@ -323,8 +323,8 @@ class Prediction(NamedTuple):
 class WorldModel(nn.Module):
     """Encoder, RSSM, decoder, reward and discount heads, and their loss."""
 
-    reward_var: Tensor  # (), running variance of the rewards in a batch, which began at 0
-    reward_known: Tensor  # (), the weight of batches in `reward_var`, which is divided by it: Adam's bias correction
+    reward_square: Tensor  # (), running mean of squared rewards, which began at 0
+    reward_known: Tensor  # (), the weight of batches in `reward_square`, which is divided by it: Adam's bias correction
 
     def __init__(self, config: Config, image_shape: tuple[int, int, int], action_size: int):
         super().__init__()
@@ -334,7 +334,7 @@ class WorldModel(nn.Module):
         self.rssm = RSSM(self.encoder.embed_size, action_size, c.deter, c.hidden, c.stoch, c.classes)
         self.decoder = Decoder(self.rssm.feat_size, size, channels, c.cnn_depth)
         self.reward = Head(self.rssm.feat_size, c.reward_layers, c.reward_units, UnitNormal)
-        self.register_buffer("reward_var", torch.zeros(()))
+        self.register_buffer("reward_square", torch.zeros(()))
         self.register_buffer("reward_known", torch.zeros(()))
         self.discount = None
         if c.discount_head:
@@ -417,18 +417,18 @@ class WorldModel(nn.Module):
         return learned * self.reward_size()
 
     def reward_size(self) -> Tensor:
-        """What rewards are divided by, a scalar: the running standard deviation of an agent step's reward, or 1."""
+        """What rewards are divided by, a scalar: the running root mean square of an agent step's reward, or 1."""
         if not self.config.reward_norm:
-            return torch.ones_like(self.reward_var)
-        return (self.reward_var / self.reward_known).sqrt().clamp(min=LEAST_REWARD)
+            return torch.ones_like(self.reward_square)
+        return (self.reward_square / self.reward_known).sqrt().clamp(min=LEAST_REWARD)
 
     def _measure(self, reward: Tensor) -> None:
-        """Let the running variance know of a batch's rewards (T, B)."""
-        var = reward.var(correction=0)
-        finite = var.isfinite()  # an update that is skipped for a NaN leaves no trace
+        """Let the running mean know of a batch's rewards (T, B)."""
+        square = reward.square().mean()
+        finite = square.isfinite()  # an update that is skipped for a NaN leaves no trace
         share = REWARD_MOMENTUM * finite
-        self.reward_var.lerp_(torch.where(finite, var, self.reward_var), share)
-        self.reward_known.lerp_(torch.ones_like(var), share)
+        self.reward_square.lerp_(torch.where(finite, square, self.reward_square), share)
+        self.reward_known.lerp_(torch.ones_like(square), share)
 
     def filter(self, batch: Batch, draws: Draws) -> RSSMState:
         """Posteriors (T, B, ...) of a batch."""

@@ -21,7 +21,7 @@ from runtime.console import UserError, say
 from runtime.device import free_memory, pick_device
 from runtime.envs import Envs
 from runtime.logger import Logger
-from train import PRESETS, Config, Dreamer, Range, defaults
+from train import PRESETS, TASKS, Config, Dreamer, Range, defaults
 
 DESCRIPTION = """\
 Train DreamerV2 on RoboSuite, evaluate what it learned, or draw its curves:
@@ -56,7 +56,7 @@ class Command(typing.NamedTuple):
 
 def parse(argv: Sequence[str]) -> Command:
     """The configuration that flags, preset and Config give together, and what to do. UserError for wrong input."""
-    check_fields(Config())  # the block in train.py may have been edited
+    check_block()
     words = list(_words(argv))
     with tyro._errors.on_parse_error(_refuse):
         flags = tyro.cli(
@@ -89,6 +89,19 @@ def parse(argv: Sequence[str]) -> Command:
         if flags.preset == "auto" and preset == "cpu":
             _check_no_gpu_run(config)
     return Command(config, given, _path(flags.eval) if flags.eval else None, [_path(name) for name in flags.report])
+
+
+def check_block() -> None:
+    """Refuse what an edit has made of the block of constants in train.py (UserError)."""
+    check_fields(Config())
+    if lacking := set(typing.get_args(hints()["preset"])) - {"auto", *PRESETS}:
+        raise UserError(f"PRESETS in train.py lacks {', '.join(sorted(lacking))}")
+    for table, entries in (("PRESETS", PRESETS), ("TASKS", TASKS)):
+        for entry, constants in entries.items():
+            if unknown := [name for name in constants if name not in hints()]:
+                near = difflib.get_close_matches(unknown[0], hints(), 1)
+                hint = f"did you mean {near[0]}?" if near else "Config has no such constant"
+                raise UserError(f"{table} in train.py, {entry}: unknown constant {unknown[0]}: {hint}")
 
 
 def _check_no_gpu_run(config: Config) -> None:

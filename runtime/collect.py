@@ -20,6 +20,7 @@ from runtime.logger import Stopwatch
 from train import ActState, Config, Dreamer
 
 LAST = 10  # episodes whose success decides how much is explored
+LARGE_REWARD = 10  # a control step; the presets are made for at most 1
 RECENT = 20  # episodes, or four of each environment if that is more; a run ends when half of them have failed
 
 
@@ -221,8 +222,12 @@ class Collector:
             if success[i]:
                 self.held_actions.end(i)
         if terminated.any() and not self.config.discount_head:
-            why = "the task ends episodes itself, but the model does not learn that: --discount_head true does"
+            why = "the task ends episodes itself, but the model learns that only in a new run with --discount_head true"
             warn_once("ends", why)
+        largest = np.abs(reward[~failed]).max(initial=0.0) / self.config.action_repeat
+        if largest > LARGE_REWARD and not self.config.reward_norm and self.config.reward_transform != "tanh":
+            why = "the presets are made for at most 1, and --reward_norm true --reward_scale 10 divides them"
+            warn_once("rewards", f"a control step has a reward of {largest:g}: {why}")
         self.step += self.config.num_envs * self.config.action_repeat
         self.failed |= failed
         lengths = np.array([stats.length for stats in self.stats])

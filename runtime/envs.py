@@ -268,7 +268,8 @@ def check_spaces(envs: Envs, task: str, cameras: int, image_size: int) -> tuple[
     images, actions = envs.single_observation_space, envs.single_action_space
     image_shape = (3 * cameras, image_size, image_size)
     if images.dtype != np.uint8 or images.shape != image_shape:
-        raise UserError(f"task {task}: its images {images.dtype} {images.shape} are not uint8 {image_shape}")
+        needed = f"uint8 {image_shape}, with three channels for each of --cameras"
+        raise UserError(f"task {task}: its images {images.dtype} {images.shape} are not {needed}")
     box = actions if isinstance(actions, gymnasium.spaces.Box) and len(actions.shape) == 1 else None
     if box is None or (box.low != -1).any() or (box.high != 1).any():
         raise UserError(f"task {task}: its action space {actions} is not a Box in [-1, 1] of one axis")

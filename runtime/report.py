@@ -152,7 +152,10 @@ def _read_run(folder: Path, color: str) -> RunData:
             raise ValueError("there is no such run folder")
         lines, torn = read_metrics(folder)
         config_file = folder / "config.json"
-        config = json.loads(config_file.read_text()) if config_file.exists() else {}
+        try:
+            config = json.loads(config_file.read_text()) if config_file.exists() else {}
+        except ValueError:
+            config = None
         if not isinstance(config, dict):
             raise ValueError("its config.json holds no constants")
         if not lines:

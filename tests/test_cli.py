@@ -92,6 +92,26 @@ def test_every_preset_that_can_be_chosen_exists():
     assert typing.get_args(parts("preset")[0]) == ("auto", *PRESETS)
 
 
+@pytest.mark.parametrize(
+    "table, entry, constants, words",
+    [
+        (
+            PRESETS,
+            "cpu",
+            {"model_lrr": 1e-4},
+            "PRESETS in train.py, cpu: unknown constant model_lrr: did you mean model_lr",
+        ),
+        (TASKS, "Stack", {"xyz": 1}, "TASKS in train.py, Stack: unknown constant xyz: Config has no such constant"),
+        (PRESETS, "cpu", None, "PRESETS in train.py lacks cpu"),
+    ],
+)
+def test_a_mistake_in_the_block_of_constants_is_named(table, entry, constants, words, monkeypatch):
+    """One line, whatever the flags are, for a name that is no constant and for a preset that is not there."""
+    monkeypatch.setitem(table, entry, constants) if constants else monkeypatch.delitem(table, entry)
+    with pytest.raises(UserError, match=words):
+        cli.parse(["--preset", "debug"])
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_valid_and_name_their_steps(preset):
     """Each preset names fields that exist and passes the checks; it says how long it trains."""

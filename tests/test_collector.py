@@ -398,3 +398,17 @@ def test_ends_that_the_model_does_not_learn_are_told_once(discount_head, capsys)
         collector.finish_episodes()
     assert collector.episode > 6
     assert capsys.readouterr().out.count("--discount_head true") == (0 if discount_head else 1)
+
+
+@pytest.mark.parametrize("reward_norm, scale, lines", [(False, 1, 0), (False, 1000, 1), (True, 1000, 0)])
+def test_rewards_that_are_too_large_to_learn_are_told_once(reward_norm, scale, lines, capsys, monkeypatch):
+    """The presets weigh rewards of about 1; of larger ones, a line names the constants that help."""
+    step = Logged.step
+
+    def scaled(env, action):
+        image, reward, *rest = step(env, action)
+        return image, scale * (reward + 0.1), *rest
+
+    monkeypatch.setattr(Logged, "step", scaled)
+    collect(collector_of([[]], reward_norm=reward_norm), 20)
+    assert capsys.readouterr().out.count("--reward_norm true --reward_scale 10") == lines

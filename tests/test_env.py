@@ -135,6 +135,27 @@ def test_a_task_that_the_user_registered_works_and_a_reset_undoes_what_it_wrote(
     environment.close()
 
 
+def test_a_task_that_does_not_take_robosuites_keywords_is_named(lift):
+    """One line for the task's author; any other TypeError is a fault of the task's, and keeps its traceback."""
+    from robosuite.environments.manipulation.lift import Lift
+
+    class Narrow(Lift):
+        def __init__(self, robots, **options):
+            super().__init__(robots=robots, wide=True, **options)
+
+    class Faulty(Lift):
+        def reward(self, action=None):
+            return 1 + None
+
+    with pytest.raises(ValueError, match="task='Narrow': its class must take what .* keyword argument 'wide'"):
+        build(task="Narrow")
+    environment = build(task="Faulty")
+    environment.reset(seed=0)
+    with pytest.raises(TypeError):
+        environment.step(np.zeros(7, np.float32))
+    environment.close()
+
+
 # ---- the Gymnasium interface
 
 

@@ -158,6 +158,9 @@ def test_a_report_that_cannot_be_written_or_drawn_says_so(tmp_path, monkeypatch)
     assert not (run_dir / "report.html").exists()
     with pytest.raises(UserError, match="no such run folder"):
         write_report([tmp_path / "nowhere"])
+    (run_dir / "config.json").write_text('{"task": "Li')
+    with pytest.raises(UserError, match=r"its config\.json holds no constants"):
+        write_report([run_dir])
 
 
 def test_a_run_that_lacks_a_metric_shares_its_plot_with_one_that_has_it(tmp_path):

@@ -221,16 +221,24 @@ def test_grad_heads_choose_who_shapes_the_latents(name):
 
 @pytest.mark.parametrize("size", [0.01, 1.0, 100.0])
 def test_learned_rewards_have_the_same_size_on_every_task(size):
-    """Rewards of any size are learned as rewards with a standard deviation of 1, from the first batch on."""
+    """Rewards of any size are learned as rewards with a root mean square of 1, from the first batch on."""
     model = tiny_dreamer(tiny_config(reward_norm=True)).world_model
     for seed in range(4):
         batch = random_batch(model.config, seed)
         batch = batch._replace(reward=size * batch.reward)
         metrics = model.loss(batch, seeded())[2]
         if seed == 0:
-            assert float(model.learned_reward(batch.reward).std(correction=0)) == pytest.approx(1, rel=1e-5)
-    spread = [size * float(random_batch(model.config, seed).reward.var(correction=0)) ** 0.5 for seed in range(4)]
-    assert min(spread) < float(metrics["model/reward_size"]) < max(spread)
+            assert float(model.learned_reward(batch.reward).square().mean()) == pytest.approx(1, rel=1e-5)
+    sizes = [size * float(random_batch(model.config, seed).reward.square().mean()) ** 0.5 for seed in range(4)]
+    assert min(sizes) < float(metrics["model/reward_size"]) < max(sizes)
+
+
+def test_a_constant_reward_is_learned_as_one():
+    """A cost of each step has no spread by which it could be divided."""
+    model = tiny_dreamer(tiny_config(reward_norm=True)).world_model
+    batch = random_batch(model.config)
+    model.loss(batch._replace(reward=torch.full_like(batch.reward, -200.0)), seeded())
+    assert float(model.learned_reward(torch.tensor(-200.0))) == pytest.approx(-1)
 
 
 def test_rewards_that_are_all_zero_stay_zero():
