@@ -32,6 +32,7 @@ Envs = SyncVectorEnv | AsyncVectorEnv
 
 MAX_REWARD = 1e9  # its weighted square has to be a float32
 FAULTS = (Exception, SystemExit)  # a simulator may raise anything, and some call sys.exit
+CLOSE_PATIENCE = 20.0  # seconds for workers to close their environments
 RESET_TRIES = 10  # a reset that fails is drawn anew so often, each time in an environment that was built anew
 
 
@@ -216,18 +217,27 @@ def dead_workers(envs: Envs) -> Iterator[None]:
 
 
 def close_envs(envs: Envs) -> None:
-    """Close environments. If a worker is dead or still owes an answer, which may never come, all are ended."""
+    """Close environments. If a worker is dead, owes an answer or hangs in its own close, all are ended."""
     if isinstance(envs, SyncVectorEnv):
         envs.close()
         return
     if envs._state is AsyncState.DEFAULT and all(process.is_alive() for process in envs.processes):
-        with contextlib.suppress(OSError, EOFError):  # of a worker that was killed after its last call
+        timer = threading.Timer(CLOSE_PATIENCE, _kill, args=(envs.processes,))
+        timer.daemon = True
+        timer.start()
+        with contextlib.suppress(OSError, EOFError):  # of a worker that was killed
             envs.close()
+            timer.cancel()
             return
     envs.closed = True
     for process in envs.processes:
         process.terminate()
         process.join()
+
+
+def _kill(processes: Sequence[multiprocessing.process.BaseProcess]) -> None:
+    for process in processes:
+        process.kill()
 
 
 class EnvFailure(Failure):

@@ -275,21 +275,25 @@ def test_a_trainer_that_is_a_child_process_hears_signals():
 
 
 class Slow(FakeEnv):
-    """The second of several environments never answers a step."""
+    """The second of several environments never answers a step, nor a close if `cameras` says so."""
 
     def __init__(self, *, seed, **options):
         super().__init__(seed=seed, **options)
-        self.seed = seed
+        self.seed, self.closing = seed, options["cameras"] == ("closing",)
 
     def step(self, action):
         time.sleep(1000 * self.seed)
         return super().step(action)
 
+    def close(self):
+        time.sleep(1000 * self.seed * self.closing)
 
-@pytest.mark.parametrize("how", ["idle", "owes an answer", "killed", "closed"])
-def test_closing_waits_for_no_worker(how):
-    """Not for one that is dead, nor for one that owes an answer; all are gone, and closing again is nothing."""
-    vector = make_envs(OPTIONS, 2, 0, Slow)
+
+@pytest.mark.parametrize("how", ["idle", "owes an answer", "killed", "closed", "hangs"])
+def test_closing_waits_for_no_worker(how, monkeypatch):
+    """Not for one that is dead, owes an answer or hangs; all are gone, and closing again is nothing."""
+    monkeypatch.setattr(envs, "CLOSE_PATIENCE", 2.0)
+    vector = make_envs(OPTIONS | ({"cameras": ("closing",)} if how == "hangs" else {}), 2, 0, Slow)
     vector.reset()
     if how == "owes an answer":
         vector.step_async(np.stack([NOTHING, NOTHING]))
