@@ -19,10 +19,10 @@ from train import PRESETS, Config, defaults
 
 RESULTS = Path(__file__).parent.parent / "results"
 TABLES = {  # runs, and where the evaluations of each are
-    "claim": (RESULTS / "runs.csv", [RESULTS / f"{task}.csv" for task in ("lift", "door", "stack")]),
+    "claim": (RESULTS / "runs.csv", [RESULTS / f"{task}.csv" for task in plot.tasks()]),
     "experiments": (RESULTS / "experiments" / "runs.csv", [RESULTS / "experiments" / "curves.csv"]),
 }
-POLICIES = {task: RESULTS / f"{task.lower()}-cpu-policy.pt" for task in ("Lift", "Door", "Stack")}
+POLICIES = {task: RESULTS / f"{task.lower()}-cpu-policy.pt" for task in ("Lift", "Door", "Stack", "PickPlaceCan")}
 
 
 @pytest.fixture(params=TABLES, name="tables")
@@ -154,7 +154,7 @@ def test_a_shipped_policy_acts(task):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "least"), [("Lift", 0.8), ("Door", 0.8), ("Stack", 0.7)])
+@pytest.mark.parametrize(("task", "least"), [("Lift", 0.8), ("Door", 0.8), ("Stack", 0.7), ("PickPlaceCan", 0.7)])
 def test_a_shipped_policy_solves_its_task(task, least):
     """On RoboSuite, 20 episodes: success of at least 90 %, and a return not far below the one in results/README.md."""
     policy, config = load_policy(POLICIES[task])
