@@ -154,15 +154,18 @@ def test_a_shipped_policy_acts(task):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "least"), [("Lift", 0.8), ("Door", 0.8), ("Stack", 0.7), ("PickPlaceCan", 0.7)])
-def test_a_shipped_policy_solves_its_task(task, least):
-    """On RoboSuite, 20 episodes: success of at least 90 %, and a return not far below the one in results/README.md."""
+@pytest.mark.parametrize(
+    ("task", "success", "share"),
+    [("Lift", 0.95, 0.8), ("Door", 0.95, 0.8), ("Stack", 0.85, 0.7), ("PickPlaceCan", 0.85, 0.7)],
+)
+def test_a_shipped_policy_solves_its_task(task, success, share):
+    """On RoboSuite, 20 episodes: success and return are not far below those in results/README.md."""
     policy, config = load_policy(POLICIES[task])
     envs = open_envs(config, make_env)
     summary = summarize(Player(policy, envs, config.action_repeat, torch.device("cpu")).play(20, film=False))
     envs.close()
     print(f"\n{describe(summary)}")
     assert (
-        summary["eval/success_rate"] >= 0.9
-        and summary["eval/return_mean"] >= least * eval_options(config)["episode_steps"]
+        summary["eval/success_rate"] >= success
+        and summary["eval/return_mean"] >= share * eval_options(config)["episode_steps"]
     )
