@@ -115,7 +115,7 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
                     robots=robot,
                     controller_configs=_controller_config(robot, controller, rotation_scale),
                     control_freq=control_freq,
-                    horizon=episode_steps,
+                    horizon=episode_steps,  # nothing of RoboSuite's reads it, but a user's task may
                     reward_shaping=reward_shaping,
                     seed=int(seed),
                     **MAKE_OPTIONS,

@@ -46,7 +46,7 @@ class Range:
 
 T = TypeVar("T")
 Fixed = Annotated[T, "fixed"]  # a resumed run keeps it: weights, or what stored actions and pictures mean, depend on it
-Kept = Annotated[T, "kept"]  # a resumed run keeps it, though no weights and no stored data depend on it
+Kept = Annotated[T, "kept"]  # a resumed run keeps it, although its weights would fit another value
 Env = Annotated[T, "env"]  # a keyword of `make_env`
 Count = Annotated[int, Range(1, 1e12)]
 Whole = Annotated[int, Range(0, 1e12)]

@@ -9,7 +9,7 @@ import shlex
 import shutil
 import textwrap
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -98,10 +98,15 @@ def check_block() -> None:
         raise UserError(f"PRESETS in train.py lacks {', '.join(sorted(lacking))}")
     for table, entries in (("PRESETS", PRESETS), ("TASKS", TASKS)):
         for entry, constants in entries.items():
-            if unknown := [name for name in constants if name not in hints()]:
-                near = difflib.get_close_matches(unknown[0], hints(), 1)
-                hint = f"did you mean {near[0]}?" if near else "Config has no such constant"
-                raise UserError(f"{table} in train.py, {entry}: unknown constant {unknown[0]}: {hint}")
+            for name in constants.keys() - hints().keys():
+                hint = _did_you_mean(name, hints(), "Config has no such constant")
+                raise UserError(f"{table} in train.py, {entry}: unknown constant {name}: {hint}")
+
+
+def _did_you_mean(name: str, valid: Iterable[str], otherwise: str) -> str:
+    """A question that names the nearest valid name, or other words if none is near."""
+    near = difflib.get_close_matches(name, valid, 1)
+    return f"did you mean {near[0]}?" if near else otherwise
 
 
 def _check_no_gpu_run(config: Config) -> None:
@@ -142,8 +147,8 @@ def _refuse(event: Any) -> NoReturn:
     if isinstance(event, errors.UnrecognizedArgs):
         flag = event.tokens[0].split("=")[0]
         names = [f"--{field.name}" for field in dataclasses.fields(Flags)] if flag.startswith("-") else []
-        near = difflib.get_close_matches("--" + _field(flag), names, 1)
-        raise UserError(f"unknown flag {flag}: " + (f"did you mean {near[0]}?" if near else "see python run.py --help"))
+        hint = _did_you_mean("--" + _field(flag), names, "see python run.py --help")
+        raise UserError(f"unknown flag {flag}: {hint}")
     argument = getattr(event, "argument", None)
     name = argument.lowered.name_or_flags[0].lstrip("-") if argument is not None else ""
     if isinstance(event, errors.InvalidChoice):

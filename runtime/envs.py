@@ -225,10 +225,13 @@ def close_envs(envs: Envs) -> None:
         timer = threading.Timer(CLOSE_PATIENCE, _kill, args=(envs.processes,))
         timer.daemon = True
         timer.start()
-        with contextlib.suppress(OSError, EOFError):  # of a worker that was killed
+        try:
             envs.close()
-            timer.cancel()
             return
+        except (OSError, EOFError):
+            pass  # a worker was killed
+        finally:
+            timer.cancel()
     envs.closed = True
     for process in envs.processes:
         process.terminate()
