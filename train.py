@@ -73,7 +73,7 @@ class Config:
     task: Env[Fixed[str]] = "Lift"  # name of a single-arm RoboSuite task
     robot: Env[Fixed[str]] = "Panda"  # name of a RoboSuite robot with one arm on a fixed base
     controller: Env[Fixed[str]] = "OSC_POSE"  # OSC_POSE, OSC_POSITION (without turns), JOINT_POSITION or JOINT_TORQUE
-    rotation_scale: Env[Fixed[PositiveShare]] = 0.02  # with OSC_POSE, commands that turn the hand are multiplied by it
+    rotation_scale: Env[Fixed[PositiveShare]] = 0.02  # with OSC_POSE, a factor for the commands that turn the hand
     cameras: Env[Fixed[tuple[str, ...]]] = ("agentview", "sideview", "robot0_eye_in_hand")  # the cameras of the agent
     camera_radius: Env[Fixed[Weight]] = 0.0  # meters that standing cameras show of the workplace; 0: RoboSuite's own
     image_size: Env[Fixed[Literal[32, 64, 128]]] = 64  # height and width of a camera picture, in pixels
