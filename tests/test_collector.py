@@ -12,6 +12,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from buffer import ReplayBuffer
 from fake_env import FakeEnv
 from faults import difference
+from runtime.cli import training_options
 from runtime.collect import RECENT, Collector, UpdateRatio
 from runtime.console import Failure, Stopped, StopSignals
 from runtime.envs import EnvFailure, RebuildingEnv
@@ -219,6 +220,26 @@ def test_the_more_often_the_task_is_solved_the_less_is_explored():
     assert 0.4 < greedy < 0.6 and disturbed == 0
     collector.act()
     assert policy.greedy[-1] == collector.greedy.tolist()
+
+
+def test_greedy_episodes_are_as_those_of_evaluations():
+    """A task solved half of the time has some: nothing is held in them, and they have the evaluation's length."""
+    changes = {"held_actions": 1.0, "greedy_episodes": 1.0, "eval_steps": 30}
+    collector, begun = collector_of([[]], Policy(updates=5), **changes), []
+    collector.successes.extend([0.0, 1.0] * 5)
+    for _ in range(200):
+        collector._explore(0)
+        begun.append((bool(collector.greedy[0]), bool(collector.held_actions.disturbed[0]), collector.limit[0]))
+    assert set(begun) == {(True, False, 30), (False, True, 10), (False, False, 10)}
+    assert training_options(collector.config)["episode_steps"] == 30
+    assert training_options(tiny_config(**OPTIONS, greedy_episodes=0.0, eval_steps=30))["episode_steps"] == 10
+
+
+def test_one_success_is_not_a_solved_task():
+    """The share counts ten episodes, also before there are ten."""
+    collector = collector_of([[]])
+    collector.successes.append(1.0)
+    assert collector.solved == 0.1
 
 
 def test_holds_end_in_the_episode_that_has_succeeded():

@@ -38,7 +38,7 @@ from runtime.evaluate import (
 from runtime.logger import Stopwatch
 from test_run import metrics, newest, train
 from tiny import ACTION_SIZE, image_shape, seeded, tiny_config, tiny_dreamer
-from train import PRESETS, Config, Dreamer, Prediction
+from train import PRESETS, Config, Dreamer, Policy, Prediction
 
 
 @pytest.fixture(autouse=True)
@@ -569,6 +569,30 @@ def test_an_incomplete_evaluation_is_logged_but_does_not_compete(tmp_path, capsy
     assert [line["eval/best"] for line in lines] == [1, 0, 0]
     saved = torch.load(tmp_path / "run/policy.pt", weights_only=True)
     assert saved["env_step"] == lines[0]["env_step"] == newest(tmp_path / "run")["best_step"]
+
+
+def test_the_averaged_policy_is_played_and_kept(tmp_path, monkeypatch):
+    """Evaluations play it and not the newest one, and policy.pt is it as the best evaluation has played it."""
+    playing, kept, forward, evaluation = set(), {}, Policy.forward, Evaluator.evaluate
+
+    def listen(policy, *args):
+        playing.add(id(policy))
+        return forward(policy, *args)
+
+    def watched(evaluator, step):
+        playing.clear()
+        kept[step] = {name: value.clone() for name, value in evaluator.agent.averaged.state_dict().items()}
+        evaluation(evaluator, step)
+        newest_one = evaluator.agent.policy.state_dict()
+        assert playing == {id(evaluator.agent.averaged)}
+        assert not torch.equal(kept[step]["actor.out.weight"], newest_one["actor.out.weight"])
+
+    monkeypatch.setattr(Policy, "forward", listen)
+    monkeypatch.setattr(Evaluator, "evaluate", watched)
+    assert train(tmp_path / "run") == 0
+    policy, _ = checkpoint.load_policy(tmp_path / "run/policy.pt")
+    best = kept[newest(tmp_path / "run")["best_step"]]
+    assert len(kept) > 1 and all(torch.equal(value, best[name]) for name, value in policy.state_dict().items())
 
 
 def test_an_incomplete_evaluation_has_no_best_success():

@@ -25,6 +25,13 @@ from fast import (
 from tiny import ACTION_SIZE, image_shape, random_batch, seeded, tiny_config, tiny_dreamer
 from train import Policy
 
+
+@pytest.fixture(autouse=True)
+def rows_are_looked_up(monkeypatch):
+    """Of the few rows of a small test too."""
+    monkeypatch.setattr(OneHotLinear, "FEW", 0)
+
+
 PRECISIONS = [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
 
 # overlays
@@ -54,10 +61,10 @@ def assert_equal(
 
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
 @pytest.mark.parametrize("groups, classes, rest", [(4, 5, 7), (4, 5, 0), (3, OneHotLinear.MAX_CLASSES, 7)])
-@pytest.mark.parametrize("few", [0, OneHotLinear.FEW])
+@pytest.mark.parametrize("few", [0, 10_000])
 def test_a_one_hot_layer_is_an_ordinary_layer(groups, classes, rest, dtype, tolerance, few, monkeypatch):
     """Looked up instead of multiplied, one-hot groups give the same outputs and gradients; so do groups of zeros."""
-    monkeypatch.setattr(OneHotLinear, "FEW", few)
+    monkeypatch.setattr(OneHotLinear, "FEW", few)  # beside the fixture's: few rows are multiplied
     torch.manual_seed(0)
     onehot = F.one_hot(torch.randint(classes, (40, groups)), classes).float()
     onehot[0], onehot[1, -1] = 0, 0
@@ -66,9 +73,16 @@ def test_a_one_hot_layer_is_an_ordinary_layer(groups, classes, rest, dtype, tole
     assert_equal(lambda plain: OneHotLinear(plain, groups, classes), plain, x, dtype, tolerance)
 
 
-def test_a_one_hot_layer_takes_samples_that_are_rounded(monkeypatch):
+def test_a_frozen_one_hot_layer_passes_gradients_on():
+    """Imagination freezes the world model; the actor's gradients go through it."""
+    layer = OneHotLinear(nn.Linear(15, 6), 3, 5).requires_grad_(False)
+    x = F.one_hot(torch.arange(12).view(4, 3) % 5, 5).float().flatten(1).requires_grad_()
+    layer(x).sum().backward()
+    assert torch.allclose(x.grad, layer.weight.sum(0).expand(4, 15))
+
+
+def test_a_one_hot_layer_takes_samples_that_are_rounded():
     """A straight-through sample may be a one that misses 1 by a rounding: it still means its class."""
-    monkeypatch.setattr(OneHotLinear, "FEW", 0)
     layer = OneHotLinear(nn.Linear(15, 6), 3, 5)
     x = F.one_hot(torch.arange(12).view(4, 3) % 5, 5).float().flatten(1)
     assert torch.allclose(layer(x * (1 - 2**-23)), layer(x), atol=1e-6)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import run
+from buffer import Transition
 from runtime import device
 from runtime.console import UserError
 from runtime.device import (
@@ -173,6 +174,22 @@ def test_a_replay_lies_on_the_gpu_if_it_takes_at_most_half_of_it(monkeypatch):
     monkeypatch.setattr(device, "ReplayBuffer", refuse)
     with pytest.raises(UserError, match="capacity 100 needs 0 GB, which can't be had"):
         make_replay(config, (3, 8, 8), 2, CPU)
+
+
+def test_the_replay_draws_by_the_runs_seed_and_focus():
+    """Equal seeds draw equal batches, another one another; the constants of the configuration are those used."""
+    batches = []
+    for seed, focus in ((3, 1.0), (3, 1.0), (4, 1.0), (3, 0.0)):
+        config = tiny_config(capacity=200, num_envs=1, seed=seed, replay_focus=focus)
+        replay = make_replay(config, (3, 8, 8), 2, CPU)
+        for row in range(150):
+            replay.add(Transition(np.zeros((3, 8, 8), np.uint8), np.zeros(2, np.float32), row, row % 10 == 0, False))
+            if row % 10 == 9:
+                replay.finish(0, row // 10)
+        batches.append(replay.sample(16, 5).reward)
+    assert torch.equal(batches[0], batches[1])
+    assert not any(torch.equal(batches[0], other) for other in batches[2:])
+    assert batches[0].min() >= 130 > batches[3].min()  # the newest and the best two of fifteen episodes
 
 
 def test_memory_metrics_are_plausible():

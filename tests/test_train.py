@@ -572,10 +572,12 @@ def test_entropy_bonus():
     assert entropy[-1] > entropy[0] + 0.05
 
 
-def test_return_norm():
-    """Returns are divided by their running 5 - 95 % range, but never enlarged."""
+@pytest.mark.parametrize("actor_grad", ["dynamics", "reinforce", "both"])
+def test_return_norm(actor_grad):
+    """With each of the actor's gradients, returns are divided by their running 5 - 95 % range, but never enlarged."""
     for size in (0.1, 100.0):
-        behavior, plain = (tiny_behavior(actor_entropy=0.0, return_norm=norm) for norm in (True, False))
+        changes = {"actor_entropy": 0.0, "actor_grad": actor_grad}
+        behavior, plain = (tiny_behavior(return_norm=norm, **changes) for norm in (True, False))
         for target in (behavior.target_value, plain.target_value):
             say_always(target, 0.0)
         reward = size * torch.rand(5, 400, generator=torch.Generator().manual_seed(1))
