@@ -235,8 +235,9 @@ class ReplayBuffer:
     def _newest_and_best(self, oldest: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
         """The newest and the best tenth of the episodes, at most BEST of these, each as ring, first row and end (3, n).
 
-        A running episode is among the newest, and has no score yet. While the newest tenth has fewer than `rows`
-        rows, older episodes are added: a window would repeat the few rows of an episode that has just begun.
+        Running episodes have no score yet; all of them are among the newest, where they count as one. While the newest
+        tenth has fewer than `rows` rows, older episodes are added: a window would repeat the few rows of an episode
+        that has just begun.
         """
         last = [(env, x[-1], self.written[env]) for env, x in enumerate(self.episodes) if x]
         running = [(env, x.start, end, x.number, -np.inf) for env, x, end in last if x.number < 0]
@@ -246,7 +247,7 @@ class ReplayBuffer:
         tenth = math.ceil(table.shape[1] / 10)
         enough = 1 + int(np.searchsorted((parts[2] - parts[1])[::-1].cumsum(), rows))
         best = np.argsort(table[4], kind="stable")[-min(tenth, BEST) :]  # the last ones of equal score
-        return parts[:, -max(tenth, enough) :], parts[:, np.sort(best)]
+        return parts[:, -max(tenth + len(running[1:]), enough) :], parts[:, np.sort(best)]
 
 
 def _windows(rng: np.random.Generator, parts: np.ndarray, count: int, length: int) -> np.ndarray:

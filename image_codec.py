@@ -55,8 +55,9 @@ class Encoder(nn.Module):
             colors = (pixels - self.mean).unflatten(2, (-1, 3)).movedim(3, -1).reshape(-1, 3)
             variance, axes = torch.linalg.eigh((colors.T @ colors / len(colors)).cpu())
             gain = (variance + COLOR_FLOOR).rsqrt()
+            # Where all is one color, the variance is 0, and the channels stay as they are.
             total, whitened = variance.sum(), (variance * gain.square()).sum()
-            gain = gain * (total.clamp(min=1e-8) / whitened.clamp(min=1e-8)).sqrt()
+            gain = gain * (total.clamp(min=1e-8 * COLOR_FLOOR) / whitened.clamp(min=1e-8)).sqrt()
             self.mix.copy_(torch.block_diag(*[axes * gain @ axes.T] * (self.shape[0] // 3)))
 
     def preprocess(self, image: Tensor) -> Tensor:

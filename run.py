@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import multiprocessing
-import os
 import signal
 import sys
 import time
@@ -141,7 +140,7 @@ def build(
     collector = Collector(config, envs, agent, replay, watch, stop)
     ratio, meter = UpdateRatio(config, replay), Meter(agent, replay, watch)
 
-    wandb_mode = pick_wandb_mode(config.wandb, dict(os.environ))
+    wandb_mode = pick_wandb_mode(config.wandb)
     cli.preflight(config, given, folder.path, agent, envs, replay, wandb_mode)
     folder.claim(config)
     logger = Logger(folder.path, dataclasses.asdict(config), wandb_mode[0], state["logger"] if state else None)

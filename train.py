@@ -107,7 +107,7 @@ class Config:
     prefill: Count = 5_000  # agent steps of random actions before the first update
     pretrain: Whole = 100  # updates made at once after the prefill
     train_every: Annotated[float, Range(0.001)] = 5  # agent steps between two updates; may be a fraction
-    replay_focus: Share = 0.5  # share of a batch from the newest and the best tenth of the episodes, half of it each
+    replay_focus: Share = 0.5  # share of sequences from the newest and the best tenth of the episodes, half of it each
     held_actions: Share = 0.5  # share of training episodes in which random commands are held; falls to 0 with success
     greedy_episodes: Share = 0.5  # training episodes without noise: this share times the success rate of the last 10
     batch_size: Count = 16  # sequences in a batch
@@ -134,7 +134,7 @@ class Config:
     kl_scale: Weight = 1.0  # weight of the KL loss
     kl_balance: Share = 0.8  # share of the KL loss that trains the prior, not the posterior; 0.5: one plain KL for both
     kl_free: Weight = 0.5  # nats of KL that are not penalized
-    kl_free_avg: bool = False  # apply kl_free to the mean KL of the batch; if false, to the KL of each state
+    kl_free_avg: bool = False  # apply kl_free to the batch's mean KL; if false, or if kl_balance is 0.5, to each state
     decode_fraction: PositiveShare = 1.0  # share of the frames, drawn anew in each update, that have an image loss
     model_lr: Positive = 3e-4  # learning rate of the world model
     model_eps: Positive = 1e-5  # epsilon of the world model's Adam optimizer
@@ -478,7 +478,7 @@ class Behavior(nn.Module):
         self.target_value = copy.deepcopy(self.value).requires_grad_(False)
         self.register_buffer("return_range", torch.zeros(()))
         # This is a tensor because a CUDA graph would freeze a Python number. It follows from the count of updates.
-        self.register_buffer("entropy_weight", torch.tensor(c.actor_entropy), persistent=False)
+        self.register_buffer("entropy_weight", torch.tensor(float(c.actor_entropy)), persistent=False)
 
     def loss(self, imagined: Imagination, draws: Draws) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Actor loss () by equation 6 and value loss () by equation 5 on imagined rollouts, and metrics, () each."""

@@ -38,7 +38,8 @@ NAME = re.compile(r"(?:checkpoint|episode)_(\d+)_([0-9a-f]{16})\.(?:pt|npz)")
 SIMULATION = ("numpy", "mujoco", "robosuite")  # packages on whose releases an episode depends
 KEEP = 2  # newest checkpoints that stay on disk
 LOCK_NAME = "lock"
-OUTPUTS = ("metrics.jsonl", "policy.pt", "replay", "videos", "wandb", "report.html")  # of a run, beside checkpoints
+# what a run leaves beside checkpoints
+OUTPUTS = ("metrics.jsonl", "policy.pt", "policy.mp4", "replay", "videos", "wandb", "report.html")
 # errors of file systems that lack a call; NFS has no locks (ENOLCK) if no lock daemon runs
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.ENOLCK)
 
@@ -80,11 +81,13 @@ def _sync_folder(path: Path) -> None:
 
 
 def _read_verified(path: Path) -> bytes:
-    """The bytes of a file whose name carries their hash; Damaged if they differ."""
+    """The bytes of a file whose name carries their hash; Damaged if they differ, Failure if they can't be read now."""
     try:
         data = path.read_bytes()
-    except OSError as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
         raise Damaged(f"{path.name}: {error.strerror}") from error
+    except OSError as error:  # a network's trouble: what is skipped or set aside as damaged now would be lost for good
+        raise Failure(f"{path} can't be read now ({error.strerror}): start again, or move it away") from error
     match = NAME.fullmatch(path.name)
     if match is None or _digest(data) != match[2]:
         raise Damaged(f"{path.name} is damaged (its bytes do not match the hash in its name)")
@@ -134,7 +137,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._acquire()
-            for names in (".*.tmp", "replay/.*.tmp", "videos/.*.tmp.mp4"):  # of a process that was killed
+            for names in (".*.tmp", ".*.tmp.mp4", "replay/.*.tmp", "videos/.*.tmp.mp4"):  # of a process that was killed
                 for leftover in self.path.glob(names):
                     leftover.unlink()
             there = list_checkpoints(self.path)

@@ -114,8 +114,7 @@ def _check_no_gpu_run(config: Config) -> None:
     on_gpu = run_dir(dataclasses.replace(config, preset="standard"))
     if on_gpu != run_dir(config) and on_gpu.is_dir() and not run_dir(config).is_dir():
         raise UserError(
-            f"preset auto is cpu, as no NVIDIA GPU is available here, but {on_gpu} is a run of standard: "
-            "name the --preset"
+            f"preset auto is cpu, as no NVIDIA GPU is used here, but {on_gpu} is a run of standard: name the --preset"
         )
 
 
@@ -259,10 +258,10 @@ def check_config(config: Config) -> None:
     held = c.num_envs * (ring - math.ceil(ring / (c.episode_steps // c.action_repeat + 1)) - 1)
     if held < c.prefill:
         raise UserError(f"capacity {c.capacity} is too small: it holds {held} agent steps, prefill is {c.prefill}")
-    if c.steps < c.prefill * c.action_repeat:
+    if c.steps < (begin := (c.prefill + c.num_envs) * c.action_repeat):  # an agent step of each after the prefill
         raise UserError(
-            f"steps {c.steps} end before the prefill does: prefill {c.prefill} x action_repeat {c.action_repeat} are "
-            f"{c.prefill * c.action_repeat} control steps"
+            f"steps {c.steps} end before the first update: prefill {c.prefill} with num_envs {c.num_envs} and "
+            f"action_repeat {c.action_repeat} takes {begin} control steps"
         )
 
 

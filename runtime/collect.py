@@ -294,7 +294,7 @@ class Collector:
         The more often the task is solved, the more episodes are as those of evaluations: deterministic, and as long.
         """
         c = self.config
-        chance = c.greedy_episodes * self.solved
+        chance = c.greedy_episodes * self.solved if self.agent.updates else 0.0
         self.greedy[env] = chance > 0 and self.rng.random() < chance
         self.limit[env] = (c.eval_steps if self.greedy[env] else 0) or c.episode_steps
         self.held_actions.begin(env, 1.0 if self.greedy[env] else self.solved)

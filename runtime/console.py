@@ -136,7 +136,7 @@ class StopSignals:
         self.before: dict[int, Any] = {}
         self.leave: Callable[[int], None] = lambda _: None
         self.leaving = False  # the run knows of the first signal
-        self.timer = threading.Timer(self.PATIENCE, os.kill, (os.getpid(), signal.SIGTERM))
+        self.timer = threading.Timer(self.PATIENCE, self._insist)
         self.timer.daemon = True
 
     def __enter__(self) -> "StopSignals":
@@ -159,6 +159,10 @@ class StopSignals:
         for number in self.before:
             if signal.getsignal(number) != self._handle:
                 signal.signal(number, self._handle)
+
+    def _insist(self) -> None:
+        """Send a second signal, one that has a handler here."""
+        os.kill(os.getpid(), next(number for number in self.before if number != signal.SIGXCPU))
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if not self.number:

@@ -217,30 +217,19 @@ def dead_workers(envs: Envs) -> Iterator[None]:
 
 
 def close_envs(envs: Envs) -> None:
-    """Close environments. If a worker is dead, owes an answer or hangs in its own close, all are ended."""
+    """Close environments. A worker that is dead, owes an answer or hangs in its own close is ended."""
     if isinstance(envs, SyncVectorEnv):
         envs.close()
         return
-    if envs._state is AsyncState.DEFAULT and all(process.is_alive() for process in envs.processes):
-        timer = threading.Timer(CLOSE_PATIENCE, _kill, args=(envs.processes,))
-        timer.daemon = True
-        timer.start()
-        try:
-            envs.close()
-            return
-        except (OSError, EOFError):
-            pass  # a worker was killed
-        finally:
-            timer.cancel()
-    envs.closed = True
+    until = time.monotonic() + (CLOSE_PATIENCE if envs._state is AsyncState.DEFAULT else 0)
+    for pipe in envs.parent_pipes:
+        with contextlib.suppress(OSError):
+            pipe.send(("close", None))
     for process in envs.processes:
-        process.terminate()
-        process.join()
-
-
-def _kill(processes: Sequence[multiprocessing.process.BaseProcess]) -> None:
-    for process in processes:
+        process.join(max(0, until - time.monotonic()))
         process.kill()
+        process.join()
+    envs.closed = True
 
 
 class EnvFailure(Failure):
@@ -251,9 +240,13 @@ class EnvFailure(Failure):
 
 
 def make_envs(options: dict[str, Any], num_envs: int, seed: int, make_env: MakeEnv) -> Envs:
-    """The training environments, with seeds `seed`, `seed` + 1, ...; `options` are the other keywords of `make_env`."""
+    """The training environments; `options` are the keywords of `make_env` but the seed: the first has the run's own.
+
+    Those of the others follow from it, so that runs of neighboring seeds don't share environments.
+    """
+    seeds = [seed] + [int(np.random.SeedSequence([seed, i]).generate_state(1)[0]) for i in range(1, num_envs)]
     with build_errors():
-        return make_vector_env([functools.partial(make_env, **options, seed=seed + i) for i in range(num_envs)])
+        return make_vector_env([functools.partial(make_env, **options, seed=each) for each in seeds])
 
 
 @contextlib.contextmanager
@@ -261,10 +254,10 @@ def build_errors() -> Iterator[None]:
     """What an environment refuses when it is built is a UserError, and what a machine can't do is a Failure."""
     try:
         yield
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    except (ValueError, TypeError) as error:
+        raise UserError(_explain(error)) from error
     except RuntimeError as error:  # the machine can't render
-        raise Failure(str(error) or describe_error(error)) from error
+        raise Failure(_explain(error)) from error
     except SystemExit as error:
         raise Failure(f"the environment called sys.exit({error.code!r}) while it was built") from error
     except (EOFError, ConnectionResetError, BrokenPipeError) as error:
@@ -274,6 +267,12 @@ def build_errors() -> Iterator[None]:
         raise UserError(f"{what}; a script that calls run.main needs `{guard}`") from error
     except OSError as error:  # a file is missing, or too many are open
         raise Failure(f"the environment can't be built: {describe_error(error)}") from error
+
+
+def _explain(error: Exception) -> str:
+    """What env.py says of bad input is a sentence for the user; another's error needs its type and place too."""
+    place = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    return str(error) if place in (RUN.with_name("env.py"), RUN.with_name("render.py")) else describe_error(error)
 
 
 def check_spaces(envs: Envs, task: str, cameras: int, image_size: int) -> tuple[tuple[int, int, int], int]:
@@ -286,4 +285,9 @@ def check_spaces(envs: Envs, task: str, cameras: int, image_size: int) -> tuple[
     box = actions if isinstance(actions, gymnasium.spaces.Box) and len(actions.shape) == 1 else None
     if box is None or (box.low != -1).any() or (box.high != 1).any():
         raise UserError(f"task {task}: its action space {actions} is not a Box in [-1, 1] of one axis")
+    moves, most = envs.metadata.get("moves", 0), box.shape[0] - bool(envs.metadata.get("gripper"))
+    if not isinstance(moves, int | np.integer) or not 0 <= moves <= most:
+        raise UserError(f"task {task}: metadata moves {moves!r} must be 0 to {most}, the actions without the gripper's")
+    if not all(isinstance(rng, np.random.Generator) for rng in envs.get_attr("np_random")):
+        raise UserError(f"task {task}: its np_random is no np.random.Generator")
     return image_shape, box.shape[0]

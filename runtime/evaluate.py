@@ -486,6 +486,11 @@ class Evaluator:
             setattr(self, name, state[name])
         if state["kind"] != self._kind():
             say("evaluations can't be compared with those before: the next one's policy is the best so far")
+            policy = self.logger.run_dir / "policy.pt"
+            if self.best_step >= 0 and policy.exists():
+                kept = policy.with_name(f"policy_{self.best_step:09d}.pt")
+                write_file(kept, policy.read_bytes())
+                say(f"{kept} keeps the best one until now")
             self.best, self.best_step = -math.inf, -1
             self.best_success = self.largest = 0.0
 

@@ -7,14 +7,12 @@ import contextlib
 import importlib.util
 import json
 import math
-import netrc
 import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import numpy as np
 import torch
@@ -185,6 +183,8 @@ class Logger:
         if self.wandb:
             with self._mirroring():
                 self.wandb.finish(exit_code=int(failed))
+        if os.environ.get("WANDB_DATA_DIR") == str(self.run_dir / "wandb"):
+            del os.environ["WANDB_DATA_DIR"]  # a later run in this process has a folder of its own
 
     def state_dict(self) -> dict[str, Any]:
         """Where a run that goes on from here finds its metrics."""
@@ -235,31 +235,36 @@ def read_metrics(run_dir: Path) -> tuple[list[dict[str, float]], int]:
     return lines, torn
 
 
-def pick_wandb_mode(flag: str, environ: dict[str, str]) -> tuple[str, str]:
+def pick_wandb_mode(flag: str) -> tuple[str, str]:
     """The W&B mode and the reason: the flag beats WANDB_MODE, which beats "online only where a key exists".
 
     Without a key it is never online: W&B would ask for one at the terminal.
     """
     if importlib.util.find_spec("wandb") is None:
         return "disabled", "wandb is not installed"
-    key = bool(environ.get("WANDB_API_KEY")) or _key_in_netrc(environ)
-    asked, source = (flag, "--wandb") if flag != "auto" else (environ.get("WANDB_MODE"), "WANDB_MODE")
-    if asked == "online" and not key:
-        return "offline", f"{source} online, but no API key was found"
+    asked, source = (flag, "--wandb") if flag != "auto" else (os.environ.get("WANDB_MODE"), "WANDB_MODE")
     asked = "offline" if asked == "dryrun" else asked  # an older name, which wandb still takes
-    if asked in WANDB_MODES:
-        return asked, source
-    if asked:
+    if asked and asked not in WANDB_MODES:
         return "disabled", f"{source} {asked} is unknown; valid: {', '.join(WANDB_MODES)}"
-    return ("online", "an API key was found") if key else ("offline", "no API key was found")
+    if asked in ("offline", "disabled"):
+        return asked, source
+    if lack := _lack_of_key():
+        return "offline", f"{source} online, but {lack}" if asked else lack
+    return "online", source if asked else "an API key was found"
 
 
-def _key_in_netrc(environ: dict[str, str]) -> bool:
+def _lack_of_key() -> str:
+    """Why W&B would ask for an API key, or nothing. W&B itself looks for one: its releases differ in where that is."""
+    if os.environ.get("WANDB_API_KEY"):
+        return ""
     try:
-        host = urlparse(environ.get("WANDB_BASE_URL", "")).netloc or "api.wandb.ai"  # with a port, as wandb writes it
-        return netrc.netrc(environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, ValueError, netrc.NetrcParseError):  # ValueError: a base URL or a netrc that is not one
-        return False
+        import wandb
+        from wandb.sdk.lib import wbauth
+
+        host = wandb.setup(settings=wandb.Settings(silent=True)).settings.base_url
+        return "" if wbauth.read_netrc_auth(host=host) else "no API key was found"
+    except Exception as error:  # settings that it refuses, a broken package
+        return f"no API key can be looked for: {(str(error) or type(error).__name__).splitlines()[0]}"
 
 
 def _start_wandb(run_dir: Path, config: dict[str, Any], mode: str, run_id: str) -> Any:

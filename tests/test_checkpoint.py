@@ -11,6 +11,7 @@ import shutil
 import stat
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -341,6 +342,30 @@ def test_a_disk_that_refuses_costs_one_warning_an_outage(where, tmp_path, monkey
     assert numbers(restored) == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("what", ["checkpoint", "episode"])
+def test_a_file_that_cannot_be_read_now_is_not_taken_for_a_damaged_one(what, tmp_path, monkeypatch):
+    """A network's trouble ends the start in one line, and nothing is set aside, skipped or deleted."""
+    replay, files = replay_with_files(tmp_path)
+    saver = checkpointer_of(tmp_path, files=files)
+    for number in (1, 2):
+        add_episode(replay, number, 6)
+        saver.hold(10 * number, -1, last=False)
+        saver.save()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    state, read = load_checkpoint(tmp_path)[0], Path.read_bytes
+
+    def stale(path):
+        if path.name.startswith(what):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return read(path)
+
+    with monkeypatch.context() as patch, pytest.raises(Failure, match=f"{what}_.* can't be read now .*: start again"):
+        patch.setattr(Path, "read_bytes", stale)
+        RunFolder(tmp_path).newest()
+        checkpointer_of(tmp_path, files=replay_with_files(tmp_path)[1]).restore(state)
+    assert before == {path: path.read_bytes() for path in before}
+
+
 def test_a_state_that_does_not_fit_is_refused_with_the_parts_name(tmp_path):
     """Another network's weights, or a part that was not saved."""
     saver = checkpointer_of(tmp_path, tiny_dreamer(tiny_config()))
@@ -391,12 +416,13 @@ def test_an_agent_learns_on_as_it_would_have():
     assert difference(*found) == ""
 
 
-def test_an_evaluator_remembers_its_evaluations(capsys):
+def test_an_evaluator_remembers_its_evaluations(tmp_path, capsys):
     """What was evaluated and filmed, and the best; but after a change of evaluations none of those is the best."""
     config = tiny_config(eval_action="mean")
 
     def evaluator_of(config: Config) -> Evaluator:
-        return Evaluator(config, FakeAgent(), FakeEnv, None, Stopwatch(), StopSignals(), None)
+        logger = SimpleNamespace(run_dir=tmp_path)
+        return Evaluator(config, FakeAgent(), FakeEnv, logger, Stopwatch(), StopSignals(), None)
 
     evaluator = evaluator_of(config)
     names = Evaluator.SAVED
@@ -933,6 +959,8 @@ def test_what_a_run_without_checkpoints_has_left_is_set_aside(tmp_path, capsys):
         (tmp_path / "replay").mkdir()
         (tmp_path / "replay" / ".episode.tmp").write_text("x")
         (tmp_path / ".checkpoint.tmp").write_text("x")
+        (tmp_path / ".policy.mp4.tmp.mp4").write_text("x")
+        (tmp_path / "policy.mp4").write_text("x")
         (tmp_path / "videos").mkdir()
         (tmp_path / "videos" / ".eval_000000100.mp4.tmp.mp4").write_text("x")
     RunFolder(tmp_path).claim(tiny_config())

@@ -235,6 +235,15 @@ def test_greedy_episodes_are_as_those_of_evaluations():
     assert training_options(tiny_config(**OPTIONS, greedy_episodes=0.0, eval_steps=30))["episode_steps"] == 10
 
 
+def test_no_episode_of_random_actions_is_greedy():
+    """There is no policy yet whose noise could be left out, however often the task is solved by chance."""
+    collector = collector_of([[]], Policy(updates=0), greedy_episodes=1.0)
+    collector.successes.extend([1.0] * 10)
+    for _ in range(20):
+        collector._explore(0)
+        assert not collector.greedy[0] and collector.limit[0] == 10
+
+
 def test_one_success_is_not_a_solved_task():
     """The share counts ten episodes, also before there are ten."""
     collector = collector_of([[]])

@@ -15,10 +15,13 @@ import numpy as np
 import pytest
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 
+from env import make_env as make_robosuite_env
 from fake_env import FakeEnv
 from runtime import envs
+from runtime.cli import env_options
 from runtime.console import Failure, UserError
 from runtime.envs import RebuildingEnv, check_spaces, close_envs, make_envs, make_vector_env
+from train import Config
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = {"cameras": ("agentview",), "image_size": 16, "action_repeat": 1, "episode_steps": 20}
@@ -311,8 +314,9 @@ def test_closing_waits_for_no_worker(how, monkeypatch):
 @pytest.mark.parametrize(
     ("raised", "expected", "words"),
     [
-        (ValueError("no such task"), UserError, "^no such task$"),
-        (RuntimeError("no OpenGL"), Failure, "^no OpenGL$"),
+        (ValueError("no such task"), UserError, r"^ValueError: no such task \(test_envs.py:\d+\)$"),
+        (TypeError("an unknown keyword"), UserError, r"^TypeError: an unknown keyword \(test_envs.py:\d+\)$"),
+        (RuntimeError("no OpenGL"), Failure, r"^RuntimeError: no OpenGL \(test_envs.py:\d+\)$"),
         (NotImplementedError(), Failure, r"^NotImplementedError: .*\(test_envs.py:\d+\)$"),
         (OSError(24, "Too many open files"), Failure, "^the environment can't be built: OSError: .*Too many open"),
     ],
@@ -325,6 +329,25 @@ def test_what_an_environment_refuses_when_it_is_built_is_told_in_one_line(raised
 
     with pytest.raises(expected, match=words):
         make_envs(OPTIONS, num_envs, 0, refuse)
+
+
+def test_what_env_py_refuses_is_told_in_its_own_words():
+    """They name the field, the value and what is valid: where that was found is of no use."""
+    with pytest.raises(UserError, match=r"^physics_step=0.1: use 0.002 or 0.005$"):
+        make_envs(env_options(Config()) | {"physics_step": 0.1}, 1, 0, make_robosuite_env)
+
+
+def test_environments_of_neighboring_seeds_differ():
+    """The first has the run's seed; no other has one of another run's."""
+
+    def seeds_of(seed):
+        vector, seeds = make_envs(OPTIONS, 3, seed, FakeEnv), []
+        seeds = [rng.integers(2**32) for rng in vector.get_attr("np_random")]
+        close_envs(vector)
+        return seeds
+
+    found = seeds_of(0) + seeds_of(1)
+    assert len(set(found)) == 6 and found[3] == np.random.default_rng(1).integers(2**32)
 
 
 def test_spaces_that_the_agent_can_use_give_its_sizes():
@@ -366,6 +389,30 @@ def test_spaces_that_the_agent_cannot_use_are_refused(images, actions, words):
     vector.close()
 
 
+@pytest.mark.parametrize(
+    ("metadata", "generator", "words"),
+    [
+        ({"gripper": True, "moves": 4}, np.random.Generator, "metadata moves 4 must be 0 to 3"),
+        ({"gripper": False, "moves": 5}, np.random.Generator, "metadata moves 5 must be 0 to 4"),
+        ({"gripper": True, "moves": "all"}, np.random.Generator, "metadata moves 'all' must be 0 to 3"),
+        ({}, lambda _: np.random.RandomState(0), "its np_random is no np.random.Generator"),
+    ],
+)
+def test_metadata_and_generators_that_the_collector_cannot_use_are_refused(metadata, generator, words):
+    """Before training: held commands would move an action that is not there, and no state could be saved."""
+
+    class Other(FakeEnv):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.metadata = FakeEnv.metadata | metadata
+            self.np_random = generator(np.random.PCG64(0))
+
+    vector = make_envs(OPTIONS, 1, 0, Other)
+    with pytest.raises(UserError, match=words):
+        check_spaces(vector, "Mine", 1, 16)
+    vector.close()
+
+
 def test_workers_need_no_torch():
     """What they import to build environments costs neither its memory nor its seconds."""
     code = "import sys, runtime.envs, env; print({'torch', 'train', 'buffer', 'robosuite', 'wandb'} & {*sys.modules})"
@@ -382,12 +429,14 @@ sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 UNGUARDED = """
 import run
 from faults import TINY
+from env import make_env as make_robosuite_env
 from fake_env import FakeEnv
 
 sys.exit(run.main([*TINY.split(), "--num_envs", "2", "--run_dir", "there", "--wandb", "disabled"], FakeEnv))
 """
 LIGHT = """
 import functools, pathlib, psutil, torch
+from env import make_env as make_robosuite_env
 from fake_env import FakeEnv
 import runtime.envs
 

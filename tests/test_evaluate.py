@@ -182,8 +182,11 @@ def test_evaluations_of_another_kind_do_not_compete_with_earlier_ones(tmp_path, 
         compare(self, step, played, summary)
 
     monkeypatch.setattr(Evaluator, "_compare", recorded)
+    best_step, policy = newest(tmp_path / "run")["best_step"], (tmp_path / "run/policy.pt").read_bytes()
     assert train(tmp_path / "run", "--eval_steps 20 --steps 200") == 0
     assert "can't be compared" in capsys.readouterr().out
+    kept = tmp_path / f"run/policy_{best_step:09d}.pt"
+    assert kept.read_bytes() == policy != (tmp_path / "run/policy.pt").read_bytes()
     evaluator = newest(tmp_path / "run")["evaluator"]
     assert evaluator["best_success"] < 1 and evaluator["largest"] > 0
     assert evaluations and (evaluator["best"], evaluator["best_step"]) == pytest.approx(max(evaluations), rel=1e-4)

@@ -67,6 +67,7 @@ def test_whitening_of_a_still_picture():
     image = torch.full((2, 2, 3, 32, 32), 7, dtype=torch.uint8)
     encoder.normalize(image)
     assert encoder.preprocess(image).abs().max() < 1e-6
+    assert torch.allclose(encoder.mix, torch.eye(3))  # later pictures are neither enlarged nor mixed
     assert torch.allclose(encoder.picture(torch.zeros(1, 3, 32, 32)), torch.full((1, 3, 32, 32), 7 / 255))
 
 

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import urlparse
 
 import numpy as np
 import pytest
@@ -274,26 +275,55 @@ log.close()
     assert [line["a"] for line in lines(tmp_path)] == [1, 2, 3]
 
 
-def test_wandb_mode_flag_beats_environment_beats_key(monkeypatch, tmp_path):
+@pytest.fixture
+def pick(monkeypatch, tmp_path):
+    """Pick a mode by a flag, in an environment with these variables, by a W&B that has not looked at another one."""
+    for name in [name for name in os.environ if name.startswith("WANDB")]:
+        monkeypatch.delenv(name)
+
+    def pick(flag: str, **environ: str) -> tuple[str, str]:
+        with monkeypatch.context() as patch:
+            for name, value in {"NETRC": str(tmp_path / "netrc"), "WANDB_CONFIG_DIR": str(tmp_path), **environ}.items():
+                patch.setenv(name, value)
+            wandb.teardown()
+            return logger.pick_wandb_mode(flag)
+
+    yield pick
+    wandb.teardown()
+
+
+def test_wandb_mode_flag_beats_environment_beats_key(pick, monkeypatch):
     """Online only where a key exists, even if asked for, because W&B would ask for it at the terminal."""
-    environ = {"NETRC": str(tmp_path / "netrc")}
-    key = environ | {"WANDB_API_KEY": "x"}
-    assert logger.pick_wandb_mode("disabled", key | {"WANDB_MODE": "online"})[0] == "disabled"
-    assert logger.pick_wandb_mode("auto", key | {"WANDB_MODE": "offline"})[0] == "offline"
-    assert logger.pick_wandb_mode("auto", key)[0] == "online"
-    assert logger.pick_wandb_mode("auto", key | {"WANDB_MODE": "dryrun"})[0] == "offline"
-    mode, reason = logger.pick_wandb_mode("auto", key | {"WANDB_MODE": "disable"})  # a slip must not send anything
+    key = {"WANDB_API_KEY": "x"}
+    assert pick("disabled", WANDB_MODE="online", **key) == ("disabled", "--wandb")
+    assert pick("auto", WANDB_MODE="offline", **key) == ("offline", "WANDB_MODE")
+    assert pick("auto", **key) == ("online", "an API key was found")
+    assert pick("auto", WANDB_MODE="dryrun", **key)[0] == "offline"
+    mode, reason = pick("auto", WANDB_MODE="disable", **key)  # a slip must not send anything
     assert mode == "disabled" and "WANDB_MODE disable is unknown" in reason
-    assert logger.pick_wandb_mode("auto", environ)[0] == "offline"
-    assert logger.pick_wandb_mode("online", environ) == ("offline", "--wandb online, but no API key was found")
-    assert logger.pick_wandb_mode("auto", environ | {"WANDB_MODE": "online"})[0] == "offline"
-    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password x")
-    assert logger.pick_wandb_mode("auto", environ)[0] == "online"
-    assert logger.pick_wandb_mode("auto", environ | {"WANDB_BASE_URL": "https://wandb.example.org"})[0] == "offline"
-    (tmp_path / "netrc").write_text("machine localhost:8080 login user password x")
-    assert logger.pick_wandb_mode("auto", environ | {"WANDB_BASE_URL": "http://localhost:8080"})[0] == "online"
+    assert pick("auto") == ("offline", "no API key was found")
+    assert pick("online") == ("offline", "--wandb online, but no API key was found")
+    assert pick("auto", WANDB_MODE="online")[0] == "offline"
+    mode, reason = pick("auto", WANDB_BASE_URL="nonsense")
+    assert mode == "offline" and reason.startswith("no API key can be looked for: ")
     monkeypatch.setattr(logger.importlib.util, "find_spec", lambda name: None)
-    assert logger.pick_wandb_mode("online", key)[0] == "disabled"
+    assert pick("online", **key)[0] == "disabled"
+
+
+def test_a_key_is_found_where_wandb_login_leaves_it(pick, tmp_path):
+    """For the server that W&B would use: its present and its former one, and one's own, named to W&B in either way."""
+    netrc = tmp_path / "netrc"
+    own, line = "http://localhost:8080", "machine {} login user password {}"
+    for host in (urlparse(wandb.Settings().base_url).netloc, "api.wandb.ai"):
+        netrc.write_text(line.format(host, "0" * 40))
+        netrc.chmod(0o644)  # as in a container that mounts the home folder
+        assert pick("auto")[0] == "online", host
+        assert pick("auto", WANDB_BASE_URL=own)[0] == "offline"
+    netrc.write_text(line.format("localhost:8080", "0" * 40))
+    assert pick("auto")[0] == "offline"
+    assert pick("auto", WANDB_BASE_URL=own)[0] == "online"
+    (tmp_path / "settings").write_text(f"[default]\nbase_url = {own}\n")  # as `wandb login --host` does
+    assert pick("auto")[0] == "online"
 
 
 # ------------------------------------------------------------------------------------------ files

@@ -498,6 +498,19 @@ def test_a_run_whose_environment_hangs_is_saved_too(number, tmp_path, monkeypatc
     code, output = Fork(lambda: faults.train(tmp_path / "run", "--checkpoint_minutes 60", CountingEnv)).finish(60)
     assert code == 128 + number, output
     assert f"stopped by {number.name}; the same command continues from step 40" in output
+
+
+def test_it_is_saved_although_the_shell_ignores_a_signal(tmp_path, monkeypatch):
+    """A job script with `trap '' TERM`: what ends the run after its patience must be another signal."""
+    monkeypatch.setattr(StopSignals, "PATIENCE", 1.5)
+    monkeypatch.setattr(CountingEnv, "hook", hang_at(45, signal.SIGUSR1))
+
+    def work():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return faults.train(tmp_path / "run", "--checkpoint_minutes 60", CountingEnv)
+
+    code, output = Fork(work).finish(60)
+    assert code == 128 + signal.SIGUSR1 and "continues from step 40" in output, output
     assert newest(tmp_path / "run")["step"] == 40
 
 

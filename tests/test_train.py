@@ -724,6 +724,9 @@ def test_the_weight_of_the_entropy_falls_by_equal_factors():
     constant.updates = 1000
     constant.train_step(batch)
     assert constant.behavior.entropy_weight.item() == 0.5
+    whole = tiny_dreamer(tiny_config(actor_entropy=1, actor_entropy_final=0.25, entropy_updates=2))  # an edited block
+    whole.behavior.set_entropy_weight(1)
+    assert whole.behavior.entropy_weight.item() == 0.5
 
 
 @pytest.mark.parametrize("kernel_clips", [True, False])
