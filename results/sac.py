@@ -3,8 +3,8 @@
     git clone https://github.com/ARISE-Initiative/robosuite-benchmark
     python results/sac.py robosuite-benchmark
 
-For each task and each 10,000 steps, it takes the mean of a seed's evaluations in them, then median, least and largest of
-the seeds.
+For each task and each 10,000 steps, it takes the mean of a seed's evaluations in them, then median, least and largest
+of the seeds.
 """
 
 import csv

@@ -402,7 +402,7 @@ def through_a_file(state: dict) -> dict:
 
 def test_an_agent_learns_on_as_it_would_have():
     """Weights, moments, skips, return range and counters: the next update is the same bit for bit."""
-    config = tiny_config(return_norm=True)
+    config = tiny_config(return_norm=True, target_every=2, imagine_starts=5, model_lr=1e-2)
     agent, other = tiny_dreamer(config), tiny_dreamer(config, seed=1)
     for seed in range(3):
         agent.train_step(random_batch(config, seed))

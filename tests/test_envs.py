@@ -429,14 +429,12 @@ sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 UNGUARDED = """
 import run
 from faults import TINY
-from env import make_env as make_robosuite_env
 from fake_env import FakeEnv
 
 sys.exit(run.main([*TINY.split(), "--num_envs", "2", "--run_dir", "there", "--wandb", "disabled"], FakeEnv))
 """
 LIGHT = """
 import functools, pathlib, psutil, torch
-from env import make_env as make_robosuite_env
 from fake_env import FakeEnv
 import runtime.envs
 

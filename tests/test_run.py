@@ -298,29 +298,6 @@ def test_sigterm_stops_with_143_and_the_next_start_resumes(tmp_path):
     assert train(tmp_path / "run", f"--steps {step + 40}") == 0
 
 
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(tmp_path, capsys):
-    """A flipped bit is found before anything is parsed."""
-    run_dir = tmp_path / "run"
-    train(run_dir)
-    path = checkpoint.list_checkpoints(run_dir)[0]
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 4
-    path.write_bytes(data)
-    capsys.readouterr()
-    assert train(run_dir) == 0
-    out = capsys.readouterr().out
-    assert "resumed" in out and f"warning: {path.name} is damaged" in out
-
-
-def test_all_checkpoints_damaged_is_an_error(tmp_path, capsys):
-    """Nothing is started afresh or overwritten when no checkpoint can be read."""
-    train(tmp_path / "run")
-    for path in checkpoint.list_checkpoints(tmp_path / "run"):
-        path.write_bytes(b"")
-    assert train(tmp_path / "run") == 1
-    assert "no checkpoint" in capsys.readouterr().err
-
-
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
     """A pickle with a payload, correctly named, is refused and not executed."""
 
