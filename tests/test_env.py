@@ -282,9 +282,9 @@ def test_terminated_is_the_tasks_own_end():
     wipe.close()
 
 
-@pytest.mark.parametrize("task", ["Door", "Stack"])
+@pytest.mark.parametrize("task", ["Door", "Stack", "PickPlaceCan"])
 def test_other_tasks_step_and_forget_the_past(task):
-    """Door writes its place into the model: its episodes, too, depend only on np_random and the actions."""
+    """Door writes its place into the model, PickPlaceCan has a sampler of samplers: np_random and actions decide."""
     environment = build(task=task, cameras=("agentview",), episode_steps=12)
     state = environment.np_random.bit_generator.state
     first, between = play(environment, 0), play(environment, 1)
