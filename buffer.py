@@ -59,7 +59,7 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same on another device."""
-        return Batch(*(_moved(x, device) for x in self))
+        return Batch(*(moved(x, device) for x in self))
 
 
 @dataclass
@@ -147,8 +147,8 @@ class ReplayBuffer:
         elif not episodes:
             raise ValueError(f"the first row of env {env} must be the start of an episode")
         row = env * self.rows + position % self.rows
-        self.image[row] = _moved(torch.as_tensor(image), self.image.device)
-        self.action[row] = _moved(torch.as_tensor(transition.action), self.image.device)
+        self.image[row] = moved(torch.as_tensor(image), self.image.device)
+        self.action[row] = moved(torch.as_tensor(transition.action), self.image.device)
         # Assigned, a number would be copied to a GPU, and the host would wait for all that the GPU has to do before.
         self.reward[row].fill_(float(transition.reward))
         self.is_first[row].fill_(bool(transition.is_first))
@@ -228,7 +228,7 @@ class ReplayBuffer:
         groups = [(parts, part) for parts in self._newest_and_best(oldest, batch_length)] if part else []
         groups.append((np.stack([np.arange(len(oldest)), oldest, self.written]), batch_size - 2 * part))
         env, row, seam = np.concatenate([_windows(self.rng, *group, batch_length) for group in groups], axis=-1)
-        index, seam = _moved(torch.as_tensor(np.stack([env * self.rows + row % self.rows, seam])), self.image.device)
+        index, seam = moved(torch.as_tensor(np.stack([env * self.rows + row % self.rows, seam])), self.image.device)
         is_first = self.is_first[index] | seam.bool()
         return Batch(self.image[index], self.action[index], self.reward[index], is_first, self.is_terminal[index])
 
@@ -266,7 +266,7 @@ def _windows(rng: np.random.Generator, parts: np.ndarray, count: int, length: in
     return np.stack([env[part], row, seam])
 
 
-def _moved(x: Tensor, device: torch.device | str) -> Tensor:
+def moved(x: Tensor, device: torch.device | str) -> Tensor:
     """The same on another device. A GPU fetches it from pinned memory by itself, while the host goes on."""
     if x.device.type == "cpu" and torch.device(device).type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)

@@ -246,10 +246,11 @@ class Graphed:
         try:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 self.outputs = self.function(*self.inputs)
-        except torch.OutOfMemoryError:
-            raise  # without graphs, an update takes as much
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
+            cause = error.__context__ or error  # the end of a capture that has failed raises an error of its own
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None  # without graphs, an update takes as much
+            reason = str(cause).strip().splitlines()[0]
             raise CaptureError(f"CUDA graphs can't be captured here ({reason}): --cuda_graphs false goes on") from error
         self.gradients = [param.grad for param in self.params]
         return graph

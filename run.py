@@ -216,11 +216,12 @@ def look(p: Parts) -> None:
 def save(p: Parts) -> None:
     """Hold the state in memory, for a stop at any moment, and write it if that is due."""
     step, over = p.collector.step, p.collector.step >= p.config.steps
-    p.evaluator.write_policy()
-    p.checkpointer.hold(step, p.evaluator.best_step, over)
-    waited = time.monotonic() - p.checkpointer.saved_at >= 60 * p.config.checkpoint_minutes
-    if over or waited or p.evaluator.best_step == step:  # the checkpoint of the best evaluation stays on the disk
-        p.checkpointer.save()
+    with p.watch("save"):
+        p.evaluator.write_policy()
+        p.checkpointer.hold(step, p.evaluator.best_step, over)
+        waited = time.monotonic() - p.checkpointer.saved_at >= 60 * p.config.checkpoint_minutes
+        if over or waited or p.evaluator.best_step == step:  # the checkpoint of the best evaluation stays on the disk
+            p.checkpointer.save()
 
 
 def leave(p: Parts, number: int) -> None:

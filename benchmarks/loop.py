@@ -12,6 +12,7 @@ share of evaluations that `--preset cpu` has, within 6,000 steps.
 
 import argparse
 import json
+import math
 import os
 import resource
 import shutil
@@ -39,8 +40,8 @@ class GPU:
     def busy(self) -> float:
         """Of the second half of the time up to now; ends the watch."""
         self.process.terminate()
-        shares = [float(line) for line in self.process.communicate()[0].splitlines()]
-        return round(statistics.mean(shares[len(shares) // 2 :]) / 100, 2)
+        shares = [float(line) for line in self.process.communicate()[0].splitlines() if line.strip().isdigit()]
+        return round(statistics.mean(shares[len(shares) // 2 :]) / 100, 2) if shares else math.nan  # a slice has none
 
 
 def main() -> None:

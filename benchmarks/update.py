@@ -7,6 +7,7 @@ Takes run.py's flags for sizes, precision and device. The last line is one JSON 
 """
 
 import argparse
+import dataclasses
 import json
 import resource
 import statistics
@@ -98,6 +99,8 @@ def main() -> None:
         config = cli.parse(flags).config
     except UserError as error:
         sys.exit(f"error: {error}")
+    if args.profile:  # a graph would replay what was captured, and not call the methods that are timed
+        config = dataclasses.replace(config, cuda_graphs=False)
     keep_freed_memory()
     device = pick_device(config.device)
     dtype = pick_precision(config.precision, device)

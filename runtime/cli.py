@@ -307,6 +307,8 @@ def preflight(
     precision = "bfloat16 products, float32 parameters" if agent.autocast_dtype else "float32"
     threads = f", threads: {torch.get_num_threads()}" if agent.device.type == "cpu" else ""
     say(f"device {agent.device}, {precision}{threads}")
+    if agent.device.type == "cuda" and c.num_envs == 1:
+        say("num_envs 1: the GPU waits while the environment steps; with more of them, both work at once")
     say(
         f"task {c.task} with {c.robot}, {c.controller}, {c.num_envs} env(s): image {agent.image_shape}, "
         f"{agent.action_size} actions"

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from gymnasium.vector import AsyncVectorEnv
 
-from buffer import ReplayBuffer, Transition
+from buffer import ReplayBuffer, Transition, moved
 from runtime.checkpoint import check_finite
 from runtime.console import StopSignals, warn, warn_once
 from runtime.envs import BrokenEnv, EnvFailure, Envs, dead_workers, faults
@@ -308,13 +308,13 @@ class Collector:
         # The policy takes over from random actions, or from nothing after a resume.
         is_first = np.ones_like(self.resets) if self.act_state is None else self.resets
         device = self.agent.device
-        images, first, greedy = (torch.as_tensor(x, device=device) for x in (self.image, is_first, self.greedy))
+        images, first, greedy = (moved(torch.as_tensor(x), device) for x in (self.image, is_first, self.greedy))
         wanted, state = self.agent.act(images, self.act_state, first, deterministic=greedy)
         self.action = self.held_actions(wanted.float().cpu().numpy(), is_random=False)
         if not np.isfinite(self.action).all():
             check_finite(self.agent, self.step)
         # Store the executed action, so that the policy's state matches the replay.
-        self.act_state = state._replace(action=torch.as_tensor(self.action, dtype=torch.float32, device=device))
+        self.act_state = state._replace(action=moved(torch.as_tensor(self.action, dtype=torch.float32), device))
 
     def _tell_faults(self, info: dict[str, Any]) -> np.ndarray:
         """Say which environments were built anew; (num_envs,) bool."""

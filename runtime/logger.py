@@ -45,7 +45,7 @@ class Stopwatch:
 class Meter:
     """Means of the training metrics, and speeds, since the last line of them."""
 
-    PARTS = ("env", "update", "eval", "video")
+    PARTS = ("env", "update", "eval", "video", "save")
 
     def __init__(self, agent: Dreamer, replay: ReplayBuffer, watch: Stopwatch):
         self.agent, self.replay, self.watch = agent, replay, watch

@@ -80,7 +80,12 @@ SECTIONS = {
         Panel("Per second", {"perf/env_steps_per_s": "env steps", "perf/updates_per_s": "updates"}),
         Panel(
             "Share of time",
-            {"perf/share_update": "updates", "perf/share_env": "env", "perf/share_eval": "evaluation"},
+            {
+                "perf/share_update": "updates",
+                "perf/share_env": "env",
+                "perf/share_eval": "evaluation",
+                "perf/share_save": "saving",
+            },
             share=True,
         ),
         Panel("Memory, GB", {"perf/ram_gb": "RAM", "perf/gpu_gb": "GPU", "replay/gb": "replay"}),

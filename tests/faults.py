@@ -16,7 +16,7 @@ import numpy as np
 import run
 from fake_env import FakeEnv
 from runtime import checkpoint
-from runtime.logger import Logger
+from runtime.logger import Logger, Meter
 
 TINY = (
     "--preset debug --cameras agentview --cnn_depth 2 --deter 8 --hidden 8 --stoch 4 --classes 4 --reward_units 8 "
@@ -82,7 +82,7 @@ def fingerprint(run_dir: Path) -> dict:
     del state["config"]["run_dir"]
     for name in ("size", "wandb_id"):  # depends on the length of the figures of speed
         del state["logger"][name]
-    measured = ("_per_s", "_gb", "share_env", "share_update", "share_eval", "share_video")  # the machine, not the run
+    measured = ("_per_s", "_gb", *(f"share_{part}" for part in Meter.PARTS))  # the machine, not the run
     lines = [{name: value for name, value in line.items() if not name.endswith(measured)} for line in metrics(run_dir)]
     return {"state": state, "metrics": lines, "missing": missing}
 

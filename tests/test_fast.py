@@ -312,12 +312,16 @@ def test_replaying_an_updates_kernels_equals_the_update(changes, fake_graphs):
         assert torch.equal(plain, graphed)
 
 
-def refused(monkeypatch, error: Exception) -> Exception:
-    """What training raises if CUDA answers to the first capture with this error."""
+def refused(monkeypatch, error: Exception, ends_badly: bool) -> Exception:
+    """What training raises if CUDA answers to the first capture with this error, and maybe to its end with another."""
 
     @contextlib.contextmanager
     def refuse(*_, **__):
-        raise error
+        try:
+            raise error
+        finally:
+            if ends_badly:
+                raise RuntimeError("operation failed due to a previous error during capture")
         yield
 
     monkeypatch.setattr(torch.cuda, "graph", refuse)
@@ -331,15 +335,17 @@ def refused(monkeypatch, error: Exception) -> Exception:
     return raised.value
 
 
-def test_a_capture_that_fails_ends_in_one_line_that_names_the_way_out(fake_graphs, monkeypatch):
+@pytest.mark.parametrize("ends_badly", [False, True])
+def test_a_capture_that_fails_ends_in_one_line_that_names_the_way_out(ends_badly, fake_graphs, monkeypatch):
     """Whatever CUDA says about it."""
-    error = refused(monkeypatch, RuntimeError("operation not permitted when stream is capturing\nmore"))
+    error = refused(monkeypatch, RuntimeError("operation not permitted when stream is capturing\nmore"), ends_badly)
     assert isinstance(error, CaptureError)
     assert "not permitted" in str(error) and "--cuda_graphs false" in str(error)
     assert "\n" not in str(error)
 
 
-def test_graphs_are_not_blamed_for_a_full_gpu(fake_graphs, monkeypatch):
+@pytest.mark.parametrize("ends_badly", [False, True])
+def test_graphs_are_not_blamed_for_a_full_gpu(ends_badly, fake_graphs, monkeypatch):
     """Without them an update takes as much memory."""
     full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
-    assert refused(monkeypatch, full) is full
+    assert refused(monkeypatch, full, ends_badly) is full

@@ -488,6 +488,7 @@ def test_a_line_has_means_and_speeds_since_the_last_one(clock):
         "perf/share_update": 0.0,
         "perf/share_eval": 0.0,
         "perf/share_video": 0.0,
+        "perf/share_save": 0.0,
     }
     assert line.pop("perf/ram_gb") > 0.01 and line == expected
     assert meter.updates == 0 and meter.watch.seconds == {}
