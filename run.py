@@ -235,6 +235,8 @@ def leave(p: Parts, number: int) -> None:
 def finish(p: Parts) -> None:
     """Say what the run gave. Failure if part of that is missing."""
     evaluator, collector = p.evaluator, p.collector
+    if not p.agent.updates:
+        raise Failure(f"no update was made: {collector.step} steps are hardly more than the prefill; give more --steps")
     if p.checkpointer.saved_step < collector.step or evaluator.unwritten:
         raise Failure(f"the last checkpoint or policy.pt of {p.logger.run_dir} was not written: see the warnings above")
     best = (evaluator.best, evaluator.best_success) if evaluator.best_step >= 0 else None

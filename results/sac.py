@@ -30,14 +30,14 @@ def returns(progress: Path) -> dict[int, float]:
 
 def main(benchmark: Path) -> None:
     """Write the table beside this file."""
+    rows: list[tuple] = [("task", "env_step", "return_median", "return_min", "return_max")]
+    for task in TASKS:
+        seeds = [returns(x) for x in benchmark.glob(f"runs/{task}-Panda-OSC-POSE-SEED*/**/progress.csv")]
+        for step in STEPS:
+            values = [seed[step] for seed in seeds if step in seed]
+            rows.append((task, step, *(round(f(values), 1) for f in (statistics.median, min, max))))
     with open(Path(__file__).parent / "sac.csv", "w", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(("task", "env_step", "return_median", "return_min", "return_max"))
-        for task in TASKS:
-            seeds = [returns(x) for x in benchmark.glob(f"runs/{task}-Panda-OSC-POSE-SEED*/**/progress.csv")]
-            for step in STEPS:
-                values = [seed[step] for seed in seeds if step in seed]
-                table.writerow((task, step, *(round(f(values), 1) for f in (statistics.median, min, max))))
+        csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ SIMULATION = ("numpy", "mujoco", "robosuite")  # packages on whose releases an e
 KEEP = 2  # newest checkpoints that stay on disk
 LOCK_NAME = "lock"
 # what a run leaves beside checkpoints
-OUTPUTS = ("metrics.jsonl", "policy.pt", "policy.mp4", "replay", "videos", "wandb", "report.html")
+OUTPUTS = ("metrics.jsonl", "policy*.pt", "policy*.mp4", "replay", "videos", "wandb", "report.html")
 # errors of file systems that lack a call; NFS has no locks (ENOLCK) if no lock daemon runs
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.ENOLCK)
 
@@ -174,7 +174,7 @@ class RunFolder:
 
     def _set_earlier_aside(self) -> None:
         """Move what a run without checkpoints has left into `earlier_<n>`."""
-        earlier = [self.path / name for name in OUTPUTS if (self.path / name).exists()]
+        earlier = [path for pattern in OUTPUTS for path in self.path.glob(pattern)]
         if not earlier:
             return
         paths = (self.path / f"earlier_{number}" for number in itertools.count(1))

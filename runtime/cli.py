@@ -258,10 +258,10 @@ def check_config(config: Config) -> None:
     held = c.num_envs * (ring - math.ceil(ring / (c.episode_steps // c.action_repeat + 1)) - 1)
     if held < c.prefill:
         raise UserError(f"capacity {c.capacity} is too small: it holds {held} agent steps, prefill is {c.prefill}")
-    if c.steps < (begin := (c.prefill + c.num_envs) * c.action_repeat):  # an agent step of each after the prefill
+    if c.steps < c.prefill * c.action_repeat:
         raise UserError(
-            f"steps {c.steps} end before the first update: prefill {c.prefill} with num_envs {c.num_envs} and "
-            f"action_repeat {c.action_repeat} takes {begin} control steps"
+            f"steps {c.steps} end before the prefill does: prefill {c.prefill} x action_repeat {c.action_repeat} are "
+            f"{c.prefill * c.action_repeat} control steps"
         )
 
 

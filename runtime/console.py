@@ -161,8 +161,11 @@ class StopSignals:
                 signal.signal(number, self._handle)
 
     def _insist(self) -> None:
-        """Send a second signal, one that has a handler here."""
-        os.kill(os.getpid(), next(number for number in self.before if number != signal.SIGXCPU))
+        """Send a second signal, one that is neither ignored nor handled by the environment."""
+        for number in (signal.SIGTERM, *self.before):
+            if signal.getsignal(number) == self._handle and number != signal.SIGXCPU:
+                os.kill(os.getpid(), number)
+                return
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if not self.number:

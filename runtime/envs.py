@@ -222,7 +222,7 @@ def close_envs(envs: Envs) -> None:
         envs.close()
         return
     until = time.monotonic() + (CLOSE_PATIENCE if envs._state is AsyncState.DEFAULT else 0)
-    for pipe in envs.parent_pipes:
+    for pipe in filter(None, envs.parent_pipes):  # Gymnasium forgets that of a worker which has raised
         with contextlib.suppress(OSError):
             pipe.send(("close", None))
     for process in envs.processes:
@@ -240,13 +240,14 @@ class EnvFailure(Failure):
 
 
 def make_envs(options: dict[str, Any], num_envs: int, seed: int, make_env: MakeEnv) -> Envs:
-    """The training environments; `options` are the keywords of `make_env` but the seed: the first has the run's own.
-
-    Those of the others follow from it, so that runs of neighboring seeds don't share environments.
-    """
-    seeds = [seed] + [int(np.random.SeedSequence([seed, i]).generate_state(1)[0]) for i in range(1, num_envs)]
+    """The training environments of a run with this seed; `options` are the other keywords of `make_env`."""
     with build_errors():
-        return make_vector_env([functools.partial(make_env, **options, seed=each) for each in seeds])
+        return make_vector_env([functools.partial(make_env, **options, seed=x) for x in env_seeds(seed, num_envs)])
+
+
+def env_seeds(seed: int, num_envs: int) -> list[int]:
+    """Of the environments of a run: its own, and others that follow from it, none of which a neighboring run has."""
+    return [seed] + [int(np.random.SeedSequence([seed, i]).generate_state(1)[0]) for i in range(1, num_envs)]
 
 
 @contextlib.contextmanager
@@ -288,6 +289,10 @@ def check_spaces(envs: Envs, task: str, cameras: int, image_size: int) -> tuple[
     moves, most = envs.metadata.get("moves", 0), box.shape[0] - bool(envs.metadata.get("gripper"))
     if not isinstance(moves, int | np.integer) or not 0 <= moves <= most:
         raise UserError(f"task {task}: metadata moves {moves!r} must be 0 to {most}, the actions without the gripper's")
-    if not all(isinstance(rng, np.random.Generator) for rng in envs.get_attr("np_random")):
+    try:
+        generators = envs.get_attr("np_random")
+    except FAULTS:  # a worker can't send it
+        generators = (None,)
+    if not all(isinstance(rng, np.random.Generator) for rng in generators):
         raise UserError(f"task {task}: its np_random is no np.random.Generator")
     return image_shape, box.shape[0]

@@ -400,7 +400,7 @@ class Evaluator:
                 self._log(step, played, summary | {"eval/best": float(self.best_step == step)}, film)
             if not complete:
                 self.incomplete += 1
-                what = f"{wanted - len(played)} episode(s) failed {TRIES} times"
+                what = f"{wanted - len(played)} of {wanted} episodes could not be played"
                 warn(f"the evaluation at step {step} is incomplete, so its policy can't be the best: {what}")
         self.evaluated = step
         now = time.monotonic()
@@ -486,13 +486,21 @@ class Evaluator:
             setattr(self, name, state[name])
         if state["kind"] != self._kind():
             say("evaluations can't be compared with those before: the next one's policy is the best so far")
-            policy = self.logger.run_dir / "policy.pt"
-            if self.best_step >= 0 and policy.exists():
-                kept = policy.with_name(f"policy_{self.best_step:09d}.pt")
-                write_file(kept, policy.read_bytes())
-                say(f"{kept} keeps the best one until now")
+            self._keep_best()
             self.best, self.best_step = -math.inf, -1
             self.best_success = self.largest = 0.0
+
+    def _keep_best(self) -> None:
+        """Leave the best policy beside the ones that come, under a name of its own. What the disk refuses is told."""
+        kept = self.logger.run_dir / f"policy_{self.best_step:09d}.pt"
+        if self.best_step < 0 or kept.exists():  # an earlier start, which was killed, may have kept it
+            return
+        try:
+            write_file(kept, self.unwritten[0] if self.unwritten else kept.with_name("policy.pt").read_bytes())
+            say(f"{kept} keeps the best one until now")
+        except OSError as error:
+            warn(f"the best one until now can't be kept as {kept}: {error.strerror}")
+        self.unwritten = None
 
     def _kind(self) -> dict[str, Any]:
         c = self.config

@@ -255,14 +255,13 @@ def pick_wandb_mode(flag: str) -> tuple[str, str]:
 
 def _lack_of_key() -> str:
     """Why W&B would ask for an API key, or nothing. W&B itself looks for one: its releases differ in where that is."""
-    if os.environ.get("WANDB_API_KEY"):
-        return ""
     try:
         import wandb
         from wandb.sdk.lib import wbauth
 
         host = wandb.setup(settings=wandb.Settings(silent=True)).settings.base_url
-        return "" if wbauth.read_netrc_auth(host=host) else "no API key was found"
+        found = wbauth.authenticate_session(host=host, source="run.py", prompt=False, update_session=False)
+        return "" if found else "no API key was found"
     except Exception as error:  # settings that it refuses, a broken package
         return f"no API key can be looked for: {(str(error) or type(error).__name__).splitlines()[0]}"
 

@@ -130,7 +130,7 @@ class UnevenInfo(FakeEnv):
 
     def __init__(self, *, seed: int, **options: Any):
         super().__init__(seed=seed, **options)
-        self.number = seed
+        self.number = int(seed != 0)
 
     def step(self, action: np.ndarray):
         *out, info = super().step(action)

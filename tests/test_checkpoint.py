@@ -434,10 +434,24 @@ def test_an_evaluator_remembers_its_evaluations(tmp_path, capsys):
     again.load_state_dict(through_a_file(evaluator.state_dict()))
     assert [getattr(again, name) for name in names] == values and capsys.readouterr().out == ""
     assert again.state_dict() == evaluator.state_dict()
-    changed = evaluator_of(tiny_config(eval_action="mode"))
-    changed.load_state_dict(through_a_file(evaluator.state_dict()))
-    assert (changed.best, changed.best_step, changed.evaluated) == (-math.inf, -1, 1)
-    assert "evaluations can't be compared" in capsys.readouterr().out
+    (tmp_path / "policy.pt").write_bytes(b"an older one, as the disk has refused the best")
+    for _ in range(2):  # the second start meets the first one's policy.pt
+        changed = evaluator_of(tiny_config(eval_action="mode"))
+        changed.load_state_dict(through_a_file(evaluator.state_dict()))
+        assert (changed.best, changed.best_step, changed.evaluated) == (-math.inf, -1, 1)
+        assert "evaluations can't be compared" in capsys.readouterr().out
+        assert (tmp_path / "policy_000000005.pt").read_bytes() == bytes(range(256))
+
+
+def test_a_best_policy_that_cannot_be_kept_does_not_end_the_start(tmp_path, capsys):
+    """It costs a line."""
+    evaluators = [
+        Evaluator(config, FakeAgent(), FakeEnv, SimpleNamespace(run_dir=tmp_path), Stopwatch(), StopSignals(), None)
+        for config in (tiny_config(eval_steps=0), tiny_config(eval_steps=6))
+    ]
+    evaluators[0].best_step = 5
+    evaluators[1].load_state_dict(evaluators[0].state_dict())
+    assert "can't be kept as" in capsys.readouterr().out and evaluators[1].best_step == -1
 
 
 def test_the_global_generators_go_on():

@@ -282,14 +282,14 @@ class Slow(FakeEnv):
 
     def __init__(self, *, seed, **options):
         super().__init__(seed=seed, **options)
-        self.seed, self.closing = seed, options["cameras"] == ("closing",)
+        self.second, self.closing = seed != 0, options["cameras"] == ("closing",)
 
     def step(self, action):
-        time.sleep(1000 * self.seed)
+        time.sleep(1000 * self.second)
         return super().step(action)
 
     def close(self):
-        time.sleep(1000 * self.seed * self.closing)
+        time.sleep(1000 * (self.second and self.closing))
 
 
 @pytest.mark.parametrize("how", ["idle", "owes an answer", "killed", "closed", "hangs"])
@@ -396,6 +396,7 @@ def test_spaces_that_the_agent_cannot_use_are_refused(images, actions, words):
         ({"gripper": False, "moves": 5}, np.random.Generator, "metadata moves 5 must be 0 to 4"),
         ({"gripper": True, "moves": "all"}, np.random.Generator, "metadata moves 'all' must be 0 to 3"),
         ({}, lambda _: np.random.RandomState(0), "its np_random is no np.random.Generator"),
+        ({}, lambda _: np.random, "its np_random is no np.random.Generator"),
     ],
 )
 def test_metadata_and_generators_that_the_collector_cannot_use_are_refused(metadata, generator, words):

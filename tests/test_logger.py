@@ -294,7 +294,7 @@ def pick(monkeypatch, tmp_path):
 
 def test_wandb_mode_flag_beats_environment_beats_key(pick, monkeypatch):
     """Online only where a key exists, even if asked for, because W&B would ask for it at the terminal."""
-    key = {"WANDB_API_KEY": "x"}
+    key = {"WANDB_API_KEY": "0" * 40}
     assert pick("disabled", WANDB_MODE="online", **key) == ("disabled", "--wandb")
     assert pick("auto", WANDB_MODE="offline", **key) == ("offline", "WANDB_MODE")
     assert pick("auto", **key) == ("online", "an API key was found")
@@ -324,6 +324,10 @@ def test_a_key_is_found_where_wandb_login_leaves_it(pick, tmp_path):
     assert pick("auto", WANDB_BASE_URL=own)[0] == "online"
     (tmp_path / "settings").write_text(f"[default]\nbase_url = {own}\n")  # as `wandb login --host` does
     assert pick("auto")[0] == "online"
+    netrc.unlink()
+    (tmp_path / "token").write_text("x")
+    assert pick("auto")[0] == "offline"
+    assert pick("auto", WANDB_IDENTITY_TOKEN_FILE=str(tmp_path / "token"))[0] == "online"
 
 
 # ------------------------------------------------------------------------------------------ files

@@ -51,7 +51,7 @@ from faulty_env import (
 from runtime import checkpoint, cli, collect, device, envs, evaluate
 from runtime.checkpoint import RunFolder
 from runtime.console import StopSignals
-from runtime.envs import RebuildingEnv
+from runtime.envs import RebuildingEnv, env_seeds
 from tiny import descend, tiny_config, tiny_dreamer
 
 ROOT = Path(__file__).parent.parent
@@ -486,16 +486,23 @@ def test_a_run_whose_environment_hangs_is_saved_too(number, tmp_path, monkeypatc
     code, output = Fork(lambda: faults.train(tmp_path / "run", "--checkpoint_minutes 60", CountingEnv)).finish(60)
     assert code == 128 + number, output
     assert f"stopped by {number.name}; the same command continues from step 40" in output
+    assert newest(tmp_path / "run")["step"] == 40
 
 
-def test_it_is_saved_although_the_shell_ignores_a_signal(tmp_path, monkeypatch):
-    """A job script with `trap '' TERM`: what ends the run after its patience must be another signal."""
+@pytest.mark.parametrize("ignored", [signal.SIGTERM, signal.SIGINT], ids=lambda x: x.name)
+def test_it_is_saved_although_a_signal_does_nothing(ignored, tmp_path, monkeypatch):
+    """A job script with `trap '' TERM`, an environment with such a handler: the patience ends by another signal."""
     monkeypatch.setattr(StopSignals, "PATIENCE", 1.5)
     monkeypatch.setattr(CountingEnv, "hook", hang_at(45, signal.SIGUSR1))
 
+    class Deaf(CountingEnv):
+        def step(self, action):
+            signal.signal(ignored, lambda *_: None)
+            return super().step(action)
+
     def work():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        return faults.train(tmp_path / "run", "--checkpoint_minutes 60", CountingEnv)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if ignored == signal.SIGTERM else signal.SIG_DFL)
+        return faults.train(tmp_path / "run", "--checkpoint_minutes 60", Deaf)
 
     code, output = Fork(work).finish(60)
     assert code == 128 + signal.SIGUSR1 and "continues from step 40" in output, output
@@ -959,7 +966,9 @@ def test_a_run_survives_resets_that_fail(tmp_path, capsys):
 
 def test_workers_survive_every_kind_of_fault(tmp_path):
     """R17: two workers, both faulty, at different times; also an exception that can't be sent to another process."""
-    make_env, _ = faulty(*STEP_FAULTS, steps={45 * (i + 1) for i in range(100)}, resets={7, 8, 9}, seeds=(0, 1))
+    make_env, _ = faulty(
+        *STEP_FAULTS, steps={45 * (i + 1) for i in range(100)}, resets={7, 8, 9}, seeds=env_seeds(0, 2)
+    )
     flags = f"--num_envs 2 --steps {2 * 45 * len(STEP_FAULTS)} --capacity 4000 --prefill 40 --train_every 80"
     flags += " --checkpoint_minutes 60 --eval_every 100000 --save_replay false"
     code, output = Fork(lambda: faults.train(tmp_path / "run", flags, make_env)).finish(120)

@@ -283,6 +283,13 @@ def test_the_seed_decides_the_run(tmp_path):
     assert same(a, b) and not same(a, c)
 
 
+def test_a_run_without_an_update_is_no_success(tmp_path, capsys):
+    """Its steps ended with the prefill."""
+    assert train(tmp_path / "run", "--prefill 40 --steps 41 --pretrain 0") == 1
+    assert "error: no update was made" in capsys.readouterr().err
+    assert train(tmp_path / "run", "--prefill 40 --steps 100 --pretrain 0") == 0
+
+
 def test_sigterm_stops_with_143_and_the_next_start_resumes(tmp_path):
     """A terminated run exits with 143 within seconds and continues from its last episode's end."""
     process = start(tmp_path / "run", "--steps 100000", stdout=subprocess.PIPE, text=True)
