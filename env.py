@@ -38,7 +38,6 @@ MAKE_OPTIONS = {  # of robosuite.make
     "has_offscreen_renderer": False,  # render.Renderer says why
     "renderer": "mujoco",
     "use_camera_obs": False,
-    "use_object_obs": False,
     "reward_scale": 1.0,
     "ignore_done": True,  # the time limit is ours: what is left of `done` is a task that ends itself
     "hard_reset": False,  # milliseconds instead of seconds, and no leak
@@ -61,7 +60,8 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     action_repeat   control steps for which an action is held
     episode_steps   control steps until an episode is truncated, a multiple of action_repeat
     reward_shaping  a dense reward if the task has one, else a reward for success only
-    physics_step    seconds: 0.002 is RoboSuite's; 0.005 is faster, but not the standard physics
+    physics_step    seconds: 0.002 is RoboSuite's; 0.005 is faster, but not the standard physics, and unstable with
+                    UR5e and Kinova3
     seed            decides what is drawn at construction (in Lift the cube's size), and starts np_random
 
     Observation: uint8 (3 * len(cameras), image_size, image_size), upright.
@@ -115,7 +115,7 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
                     robots=robot,
                     controller_configs=_controller_config(robot, controller, rotation_scale),
                     control_freq=control_freq,
-                    horizon=episode_steps,  # nothing of RoboSuite's reads it, but a user's task may
+                    use_object_obs=not _is_robosuites(robosuite.environments.base.REGISTERED_ENVS[task]),
                     reward_shaping=reward_shaping,
                     seed=int(seed),
                     **MAKE_OPTIONS,
@@ -167,7 +167,8 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         """Holds `action` (A,) for action_repeat control steps.
 
         The reward is their sum, the picture the last; `info["success"]` is whether any of them solved the task.
-        Raises ValueError for an action of another shape or with a NaN, ResetNeeded if no episode runs.
+        Raises ValueError for an action of another shape or with a NaN, ResetNeeded if no episode runs, and RuntimeError
+        if the simulation becomes unstable, of which MuJoCo only warns.
         """
         renderer = self._open_renderer()
         if self._steps is None:
@@ -177,7 +178,10 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             raise ValueError(f"action={action!r}: give {self._action_shape[0]} numbers in [-1, 1]")
         total, terminated, success = 0.0, False, False
         for _ in range(self._action_repeat):
+            before = self._task.sim.data.time
             _, reward, terminated, _ = self._task.step(command)
+            if self._task.sim.data.time <= before:  # MuJoCo has begun anew, from the model's own pose
+                raise RuntimeError(f"the simulation became unstable with physics_step={self._physics_step}")
             total += float(reward)
             self._steps += 1
             success = success or self._info()["success"]
@@ -243,9 +247,14 @@ def _import_simulator() -> tuple[Any, Any]:
                 os.environ[name] = value
 
 
+def _is_robosuites(task: type) -> bool:
+    """Whether a task's class comes with RoboSuite."""
+    return task.__module__.startswith("robosuite.")
+
+
 def _skip_observables(task: Any) -> None:
     """Leaves out the observations that nobody reads; a user's own task may read them."""
-    if type(task).__module__.startswith("robosuite."):
+    if _is_robosuites(type(task)):
         task._update_observables = lambda *_args, **_kwargs: None
         task._get_observations = lambda *_args, **_kwargs: {}
 

@@ -75,10 +75,11 @@ def write_table(path: Path, columns: Collection[str], rows: Iterable[Mapping[str
 
 
 def read_config(run_dir: Path) -> Config:
-    """The constants of a run folder."""
+    """The constants of a run folder. ValueError if they are those of another release."""
     saved = json.loads((run_dir / "config.json").read_text())
-    known = {field.name for field in fields(Config)}
-    constants: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known}
+    if other := saved.keys() ^ {field.name for field in fields(Config)}:
+        raise ValueError(f"{run_dir} is of another release ({', '.join(sorted(other))}): use its own add.py")
+    constants: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in saved.items()}
     return Config(**constants)
 
 
@@ -133,12 +134,15 @@ def add(run_dir: Path, name: str, **columns: str) -> str:
     """
     config = read_config(run_dir)
     changed = overrides(config)
-    is_claim = not name and config.preset == "cpu" and not changed.keys() - STILL_THE_PRESET
+    on_cpu = config.preset == "cpu" and config.device in ("auto", "cpu")
+    is_claim = not name and on_cpu and not changed.keys() - STILL_THE_PRESET
     if not is_claim and not name:
-        why = f"has constants of its own ({flags(changed)})" if config.preset == "cpu" else f"is of {config.preset}"
+        why = f"has constants of its own ({flags(changed)})" if on_cpu else f"is of {config.preset} on {config.device}"
         raise ValueError(f"{run_dir} {why}: give it a --name")
     name = name or f"{config.task.lower()}-{config.preset}-seed{config.seed}"
     curve, hours = read_curve(run_dir, config, name)
+    if is_claim and not curve:
+        raise ValueError(f"{run_dir} has no evaluation yet")
     row: dict[str, Any] = columns | {
         "run": name,
         "task": config.task,

@@ -152,7 +152,7 @@ class Logger:
         self.size = self.file.tell()
 
     def video(self, env_step: int, name: str, frames: np.ndarray, fps: float) -> None:
-        """Write frames uint8 (T, H, W, 3), sides multiples of 16, as videos/<name>_<env_step>.mp4."""
+        """Write frames uint8 (T, H, W, 3) as videos/<name>_<env_step>.mp4."""
         path = self.run_dir / "videos" / f"{name}_{env_step:09d}.mp4"
         try:
             write_video(path, frames, fps)

@@ -268,7 +268,8 @@ def _curve(axes: "Axes", panel: Panel, run: RunData, name: str, color: str, dash
     if not len(steps):
         return
     if panel.mean_of > 1:
-        axes.plot(steps, values, ".", markersize=4, alpha=0.3, color=color, markeredgewidth=0)
+        many = len(steps) > 2000  # each point of an SVG takes 400 bytes
+        axes.plot(steps, values, ".", markersize=4, alpha=0.3, color=color, markeredgewidth=0, rasterized=many)
         count = min(panel.mean_of, len(values))  # of all if they are fewer
         steps, values = (np.convolve(x, np.full(count, 1 / count), "valid") for x in (steps, values))
     marker = "o" if len(steps) < 40 and panel.mean_of == 1 else None

@@ -30,11 +30,12 @@ class VideoError(Exception):
 
 
 def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
-    """Write frames uint8 (T, H, W, 3), whose sides are multiples of 16, as an mp4.
+    """Write frames uint8 (T, H, W, 3) as an mp4, with a black edge where their sides are no multiples of 16.
 
     A file is there only when it is whole. Raises VideoError if that is impossible.
     """
     aside = path.with_name(f".{path.name}.tmp.mp4")
+    frames = np.pad(frames, ((0, 0), (0, -frames.shape[1] % 16), (0, -frames.shape[2] % 16), (0, 0)))
     try:
         import imageio.v2 as imageio  # here, so that training goes on without it
 

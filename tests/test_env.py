@@ -121,7 +121,8 @@ def test_a_task_that_the_user_registered_works_and_a_reset_undoes_what_it_wrote(
         hands = []
 
         def reward(self, action=None):
-            self.hands.append(self._get_observations()["robot0_eef_pos"])
+            seen = self._get_observations()
+            self.hands.append(seen["robot0_eef_pos"] + 0 * seen["cube_pos"])  # of the robot and of the task's objects
             self.sim.model.mat_rgba[:] = self.sim.model.geom_rgba[:] = (0, 0, 1, 1)
             return 7.0
 
@@ -133,6 +134,31 @@ def test_a_task_that_the_user_registered_works_and_a_reset_undoes_what_it_wrote(
     assert (painted != image).mean() > 0.5
     np.testing.assert_array_equal(environment.reset(seed=8)[0], image)
     environment.close()
+
+
+def test_a_simulation_that_mujoco_began_anew_is_a_fault():
+    """It does so when the state is not finite, with no more than a warning, in the middle of an episode."""
+    import mujoco
+
+    environment = build(cameras=("agentview",))
+    environment.reset(seed=0)
+    environment.step(np.zeros(7, np.float32))
+    data = environment._task.sim.data._data
+    data.qvel[0] = np.nan
+    with pytest.raises(RuntimeError, match="the simulation became unstable with physics_step=0.002"):
+        environment.step(np.zeros(7, np.float32))
+    assert data.warning[mujoco.mjtWarning.mjWARN_BADQVEL].number
+    environment.close()
+
+
+def test_the_reward_does_not_depend_on_the_length_of_an_episode():
+    """Wipe's is scaled by RoboSuite's horizon: training and evaluations have the same."""
+    factors = set()
+    for steps in (100, 500):
+        environment = build(task="Wipe", cameras=("agentview",), episode_steps=steps)
+        factors.add(environment._task.reward_normalization_factor)
+        environment.close()
+    assert len(factors) == 1
 
 
 def test_a_task_that_does_not_take_robosuites_keywords_is_named(lift):

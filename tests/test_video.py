@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import imageio.v2 as imageio
 import numpy as np
 import pytest
 
@@ -15,14 +16,21 @@ ROOT = Path(__file__).parent.parent
 
 def test_a_video_is_written_whole(tmp_path):
     """Frames, sides and length come back, and nothing else is left in the folder."""
-    import imageio.v2 as imageio
-
     frames = np.zeros((12, 32, 48, 3), np.uint8)
     frames[6:] = 255
     write_video(tmp_path / "videos" / "a.mp4", frames, 10)
     back = np.stack(imageio.mimread(tmp_path / "videos" / "a.mp4"))
     assert back.shape == frames.shape and np.abs(back.astype(int) - frames).max() < 10
     assert [path.name for path in (tmp_path / "videos").iterdir()] == ["a.mp4"]
+
+
+def test_frames_of_any_size_are_written_as_they_are(tmp_path):
+    """Below and beside them is a black edge up to the next multiple of 16: nothing is stretched."""
+    frames = np.full((3, 40, 50, 3), 200, np.uint8)
+    write_video(tmp_path / "a.mp4", frames, 10)
+    back = np.stack(imageio.mimread(tmp_path / "a.mp4")).astype(int)
+    assert back.shape == (3, 48, 64, 3)
+    assert np.abs(back[:, :38, :48] - 200).max() < 12 and back[:, 42:].max() < 40 and back[:, :, 52:].max() < 40
 
 
 @pytest.mark.parametrize("failure", ["no package", "no ffmpeg", "no folder"])
