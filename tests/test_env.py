@@ -136,10 +136,11 @@ def test_a_task_that_the_user_registered_works_and_a_reset_undoes_what_it_wrote(
     environment.close()
 
 
-def test_a_simulation_that_mujoco_began_anew_is_a_fault():
+def test_a_simulation_that_mujoco_began_anew_is_a_fault(tmp_path, monkeypatch):
     """It does so when the state is not finite, with no more than a warning, in the middle of an episode."""
     import mujoco
 
+    monkeypatch.chdir(tmp_path)  # it also writes a log file
     environment = build(cameras=("agentview",))
     environment.reset(seed=0)
     environment.step(np.zeros(7, np.float32))
