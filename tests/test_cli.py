@@ -385,8 +385,8 @@ def test_a_machine_that_cannot_render_gets_one_line(tmp_path, capsys, monkeypatc
 
     monkeypatch.chdir(tmp_path)
     assert run.main(TINY.split(), cannot_render) == 1
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "no OpenGL library; on Debian or Ubuntu: apt-get install libegl1" in error
+    line = r"error: RuntimeError: no OpenGL library; on Debian or Ubuntu: apt-get install libegl1 \(test_cli.py:\d+\)\n"
+    assert re.fullmatch(line, capsys.readouterr().err)
 
 
 def test_an_empty_flag_is_no_command_to_train(tmp_path, capsys, monkeypatch):
