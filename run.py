@@ -84,6 +84,7 @@ def train(config: Config, given: dict[str, Any], make_env: MakeEnv) -> None:
             say(done if finished else f"resumed {folder.loaded} at step {state['step']}")
             cli.check_same_run(folder.path, state["config"], config)
             if finished:
+                check_learned(state["agent"]["updates"], state["step"])
                 write_left_policy(folder.path, state["evaluator"])
                 check_complete(state["evaluator"]["incomplete"])
                 return
@@ -232,11 +233,16 @@ def leave(p: Parts, number: int) -> None:
     say(f"stopped by {signal.Signals(number).name}; the same command continues {where}")
 
 
+def check_learned(updates: int, step: int) -> None:
+    """Failure if a run has ended before its first update."""
+    if not updates:
+        raise Failure(f"no update was made: {step} steps are hardly more than the prefill; give more --steps")
+
+
 def finish(p: Parts) -> None:
     """Say what the run gave. Failure if part of that is missing."""
     evaluator, collector = p.evaluator, p.collector
-    if not p.agent.updates:
-        raise Failure(f"no update was made: {collector.step} steps are hardly more than the prefill; give more --steps")
+    check_learned(p.agent.updates, collector.step)
     if p.checkpointer.saved_step < collector.step or evaluator.unwritten:
         raise Failure(f"the last checkpoint or policy.pt of {p.logger.run_dir} was not written: see the warnings above")
     best = (evaluator.best, evaluator.best_success) if evaluator.best_step >= 0 else None

@@ -493,13 +493,12 @@ class Evaluator:
     def _keep_best(self) -> None:
         """Leave the best policy beside the ones that come, under a name of its own. What the disk refuses is told."""
         kept = self.logger.run_dir / f"policy_{self.best_step:09d}.pt"
-        if self.best_step < 0 or kept.exists():  # an earlier start, which was killed, may have kept it
-            return
-        try:
-            write_file(kept, self.unwritten[0] if self.unwritten else kept.with_name("policy.pt").read_bytes())
-            say(f"{kept} keeps the best one until now")
-        except OSError as error:
-            warn(f"the best one until now can't be kept as {kept}: {error.strerror}")
+        if self.best_step >= 0 and not kept.exists():  # an earlier start, which was killed, may have kept it
+            try:
+                write_file(kept, self.unwritten[0] if self.unwritten else kept.with_name("policy.pt").read_bytes())
+                say(f"{kept} keeps the best one until now")
+            except OSError as error:
+                warn(f"the best one until now can't be kept as {kept}: {error.strerror}")
         self.unwritten = None
 
     def _kind(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -35,14 +35,13 @@ def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
     A file is there only when it is whole. Raises VideoError if that is impossible.
     """
     aside = path.with_name(f".{path.name}.tmp.mp4")
-    frames = np.pad(frames, ((0, 0), (0, -frames.shape[1] % 16), (0, -frames.shape[2] % 16), (0, 0)))
+    edge = (0, -frames.shape[1] % 16), (0, -frames.shape[2] % 16), (0, 0)
     try:
         import imageio.v2 as imageio  # here, so that training goes on without it
 
         path.parent.mkdir(exist_ok=True)
-        imageio.mimwrite(
+        writer: Any = imageio.get_writer(
             aside,
-            list(frames),
             format="FFMPEG",  # without it, what else imageio knows is tried, and fails in ways of its own
             fps=fps,
             codec="libx264",
@@ -50,6 +49,9 @@ def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
             macro_block_size=16,
             output_params=["-preset", "veryfast"],  # takes a third of the default's time
         )
+        with writer:
+            for frame in frames:
+                writer.append_data(np.pad(frame, edge))
         if b"moov" not in aside.read_bytes():  # the index comes last, and ffmpeg does not report every failure
             raise OSError("the file is cut off; is the disk full?")
         os.replace(aside, path)
