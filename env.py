@@ -132,6 +132,8 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if camera_radius:
             _aim(mujoco, self._task, camera_ids, camera_radius)
         self._pristine = _snapshot(sim.model._model)
+        kinds = mujoco.mjtWarning
+        self._unstable = kinds.mjWARN_BADQPOS, kinds.mjWARN_BADQVEL, kinds.mjWARN_BADQACC
         self._renderer = Renderer(mujoco, sim.model._model, sim.data._data, camera_ids, image_size)
 
         self._image_shape, self._action_shape = (3 * len(camera_ids), image_size, image_size), (self._task.action_dim,)
@@ -178,9 +180,9 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             raise ValueError(f"action={action!r}: give {self._action_shape[0]} numbers in [-1, 1]")
         total, terminated, success = 0.0, False, False
         for _ in range(self._action_repeat):
-            before = self._task.sim.data.time
             _, reward, terminated, _ = self._task.step(command)
-            if self._task.sim.data.time <= before:  # MuJoCo has begun anew, from the model's own pose
+            warnings = self._task.sim.data._data.warning
+            if any(warnings[kind].number for kind in self._unstable):  # MuJoCo began anew, from the model's own pose
                 raise RuntimeError(f"the simulation became unstable with physics_step={self._physics_step}")
             total += float(reward)
             self._steps += 1

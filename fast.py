@@ -250,7 +250,7 @@ class Graphed:
             cause = error.__context__ or error  # the end of a capture that has failed raises an error of its own
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None  # without graphs, an update takes as much
-            reason = str(cause).strip().splitlines()[0]
+            reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
             raise CaptureError(f"CUDA graphs can't be captured here ({reason}): --cuda_graphs false goes on") from error
         self.gradients = [param.grad for param in self.params]
         return graph

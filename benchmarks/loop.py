@@ -12,7 +12,6 @@ share of evaluations that `--preset cpu` has, within 6,000 steps.
 
 import argparse
 import json
-import math
 import os
 import resource
 import shutil
@@ -37,11 +36,11 @@ class GPU:
     def __init__(self) -> None:
         self.process = subprocess.Popen(self.QUERY, stdout=subprocess.PIPE, text=True)
 
-    def busy(self) -> float:
+    def busy(self) -> float | None:
         """Of the second half of the time up to now; ends the watch."""
         self.process.terminate()
         shares = [float(line) for line in self.process.communicate()[0].splitlines() if line.strip().isdigit()]
-        return round(statistics.mean(shares[len(shares) // 2 :]) / 100, 2) if shares else math.nan  # a slice has none
+        return round(statistics.mean(shares[len(shares) // 2 :]) / 100, 2) if shares else None  # a slice has none
 
 
 def main() -> None:

@@ -134,10 +134,12 @@ def add(run_dir: Path, name: str, **columns: str) -> str:
     """
     config = read_config(run_dir)
     changed = overrides(config)
-    on_cpu = config.preset == "cpu" and config.device in ("auto", "cpu")
+    on_gpu = any("perf/gpu_gb" in line for line in read_metrics(run_dir)[0])
+    on_cpu = config.preset == "cpu" and not on_gpu
     is_claim = not name and on_cpu and not changed.keys() - STILL_THE_PRESET
     if not is_claim and not name:
-        why = f"has constants of its own ({flags(changed)})" if on_cpu else f"is of {config.preset} on {config.device}"
+        place = f"is of {config.preset}{' on a GPU' * on_gpu}"
+        why = f"has constants of its own ({flags(changed)})" if on_cpu else place
         raise ValueError(f"{run_dir} {why}: give it a --name")
     name = name or f"{config.task.lower()}-{config.preset}-seed{config.seed}"
     curve, hours = read_curve(run_dir, config, name)

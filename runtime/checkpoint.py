@@ -129,7 +129,10 @@ class RunFolder:
 
     def newest(self) -> dict[str, Any] | None:
         """The state in the newest undamaged checkpoint, None if there is no checkpoint, Failure if all are damaged."""
-        state, self.loaded = load_checkpoint(self.path) or (None, None)
+        try:
+            state, self.loaded = load_checkpoint(self.path) or (None, None)
+        except OSError as error:
+            raise Failure(f"{self.path} can't be read now ({error.strerror}): start again") from error
         return state
 
     def claim(self, config: Config) -> None:
@@ -137,7 +140,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._acquire()
-            for names in (".*.tmp", ".*.tmp.mp4", "replay/.*.tmp", "videos/.*.tmp.mp4"):  # of a process that was killed
+            for names in (".*.tmp", "replay/.*.tmp", "videos/.*.tmp.mp4"):  # of a process that was killed
                 for leftover in self.path.glob(names):
                     leftover.unlink()
             there = list_checkpoints(self.path)
@@ -195,10 +198,10 @@ def _check_folder(path: Path) -> None:
             raise UserError(f"run_dir {path} can't be used: {there} is not a folder that can be written to")
         ours = {"config.json", ".config.json.tmp", LOCK_NAME}  # all there may be after a crash at the very start
         names = {entry.name for entry in path.iterdir()} if path.exists() else set()
+        if names - ours and not is_run_dir(path):
+            raise UserError(f"run_dir {path} is not empty and no run folder: choose another")
     except OSError as error:
         raise UserError(f"run_dir {path} can't be used: {error.strerror}") from error
-    if names - ours and not is_run_dir(path):
-        raise UserError(f"run_dir {path} is not empty and no run folder: choose another")
 
 
 def is_run_dir(folder: Path) -> bool:

@@ -258,9 +258,9 @@ def check_config(config: Config) -> None:
     held = c.num_envs * (ring - math.ceil(ring / (c.episode_steps // c.action_repeat + 1)) - 1)
     if held < c.prefill:
         raise UserError(f"capacity {c.capacity} is too small: it holds {held} agent steps, prefill is {c.prefill}")
-    if c.steps < c.prefill * c.action_repeat:
+    if c.steps <= c.prefill * c.action_repeat:
         raise UserError(
-            f"steps {c.steps} end before the prefill does: prefill {c.prefill} x action_repeat {c.action_repeat} are "
+            f"steps {c.steps} end before the first update: prefill {c.prefill} x action_repeat {c.action_repeat} are "
             f"{c.prefill * c.action_repeat} control steps"
         )
 

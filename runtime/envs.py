@@ -247,7 +247,8 @@ def make_envs(options: dict[str, Any], num_envs: int, seed: int, make_env: MakeE
 
 def env_seeds(seed: int, num_envs: int) -> list[int]:
     """Of the environments of a run: its own, and others that follow from it, none of which a neighboring run has."""
-    return [seed] + [int(np.random.SeedSequence([seed, i]).generate_state(1)[0]) for i in range(1, num_envs)]
+    others = [np.random.SeedSequence([seed, i]).generate_state(1)[0] for i in range(1, num_envs)]
+    return [seed, *(int(x) >> 1 for x in others)]  # some environments take 31 bits
 
 
 @contextlib.contextmanager
@@ -291,6 +292,8 @@ def check_spaces(envs: Envs, task: str, cameras: int, image_size: int) -> tuple[
         raise UserError(f"task {task}: metadata moves {moves!r} must be 0 to {most}, the actions without the gripper's")
     try:
         generators = envs.get_attr("np_random")
+    except (EOFError, OSError) as error:
+        raise Failure("a worker process ended at its start: see the error above, if there is one") from error
     except FAULTS:  # a worker can't send it
         generators = (None,)
     if not all(isinstance(rng, np.random.Generator) for rng in generators):

@@ -337,7 +337,7 @@ def open_envs(config: Config, make_env: MakeEnv) -> Envs:
     envs = make_vector_env([build] * min(config.num_envs, config.eval_episodes))
     try:
         check_spaces(envs, config.task, len(config.cameras), config.image_size)
-    except UserError:
+    except (UserError, Failure):
         close_envs(envs)
         raise
     return envs
@@ -491,14 +491,14 @@ class Evaluator:
             self.best_success = self.largest = 0.0
 
     def _keep_best(self) -> None:
-        """Leave the best policy beside the ones that come, under a name of its own. What the disk refuses is told."""
+        """Leave the best policy beside the ones that come, under a name of its own (OSError)."""
         kept = self.logger.run_dir / f"policy_{self.best_step:09d}.pt"
         if self.best_step >= 0 and not kept.exists():  # an earlier start, which was killed, may have kept it
             try:
                 write_file(kept, self.unwritten[0] if self.unwritten else kept.with_name("policy.pt").read_bytes())
                 say(f"{kept} keeps the best one until now")
-            except OSError as error:
-                warn(f"the best one until now can't be kept as {kept}: {error.strerror}")
+            except FileNotFoundError:  # any other error ends the start: what is not kept now would be overwritten
+                warn(f"the best one until now can't be kept as {kept}: there is no policy.pt")
         self.unwritten = None
 
     def _kind(self) -> dict[str, Any]:

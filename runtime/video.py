@@ -46,7 +46,6 @@ def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
             fps=fps,
             codec="libx264",
             quality=8,
-            macro_block_size=16,
             output_params=["-preset", "veryfast"],  # takes a third of the default's time
         )
         with writer:

@@ -342,8 +342,10 @@ def test_a_disk_that_refuses_costs_one_warning_an_outage(where, tmp_path, monkey
     assert numbers(restored) == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("what", ["checkpoint", "episode"])
-def test_a_file_that_cannot_be_read_now_is_not_taken_for_a_damaged_one(what, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("what", "call"), [("checkpoint", "read_bytes"), ("episode", "read_bytes"), ("checkpoint", "stat")]
+)
+def test_a_file_that_cannot_be_read_now_is_not_taken_for_a_damaged_one(what, call, tmp_path, monkeypatch):
     """A network's trouble ends the start in one line, and nothing is set aside, skipped or deleted."""
     replay, files = replay_with_files(tmp_path)
     saver = checkpointer_of(tmp_path, files=files)
@@ -352,16 +354,18 @@ def test_a_file_that_cannot_be_read_now_is_not_taken_for_a_damaged_one(what, tmp
         saver.hold(10 * number, -1, last=False)
         saver.save()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    state, read = load_checkpoint(tmp_path)[0], Path.read_bytes
+    state, works = load_checkpoint(tmp_path)[0], getattr(Path, call)
 
-    def stale(path):
+    def stale(path, **options):
         if path.name.startswith(what):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        return read(path)
+        return works(path, **options)
 
-    with monkeypatch.context() as patch, pytest.raises(Failure, match=f"{what}_.* can't be read now .*: start again"):
-        patch.setattr(Path, "read_bytes", stale)
-        RunFolder(tmp_path).newest()
+    where = tmp_path if call == "stat" else f"{what}_.*"
+    with monkeypatch.context() as patch, pytest.raises(Failure, match=f"{where} can't be read now .*: start again"):
+        folder = RunFolder(tmp_path)
+        patch.setattr(Path, call, stale)
+        folder.newest()
         checkpointer_of(tmp_path, files=replay_with_files(tmp_path)[1]).restore(state)
     assert before == {path: path.read_bytes() for path in before}
 
@@ -444,8 +448,8 @@ def test_an_evaluator_remembers_its_evaluations(tmp_path, capsys):
         assert (tmp_path / "policy_000000005.pt").read_bytes() == bytes(range(256))
 
 
-def test_a_best_policy_that_cannot_be_kept_does_not_end_the_start(tmp_path, capsys):
-    """It costs a line."""
+def test_a_best_policy_that_is_lost_does_not_end_the_start(tmp_path, capsys):
+    """It costs a line. One that can't be read now ends it, as the next evaluation would overwrite it."""
     evaluators = [
         Evaluator(config, FakeAgent(), FakeEnv, SimpleNamespace(run_dir=tmp_path), Stopwatch(), StopSignals(), None)
         for config in (tiny_config(eval_steps=0), tiny_config(eval_steps=6))
@@ -453,6 +457,9 @@ def test_a_best_policy_that_cannot_be_kept_does_not_end_the_start(tmp_path, caps
     evaluators[0].best_step = 5
     evaluators[1].load_state_dict(evaluators[0].state_dict())
     assert "can't be kept as" in capsys.readouterr().out and evaluators[1].best_step == -1
+    (tmp_path / "policy.pt").mkdir()  # it is there, but can't be read now
+    with pytest.raises(OSError):
+        evaluators[1].load_state_dict(evaluators[0].state_dict())
 
 
 def test_the_global_generators_go_on():
@@ -974,7 +981,6 @@ def test_what_a_run_without_checkpoints_has_left_is_set_aside(tmp_path, capsys):
         (tmp_path / "replay").mkdir()
         (tmp_path / "replay" / ".episode.tmp").write_text("x")
         (tmp_path / ".checkpoint.tmp").write_text("x")
-        (tmp_path / ".policy.mp4.tmp.mp4").write_text("x")
         (tmp_path / "policy.mp4").write_text("x")
         (tmp_path / "videos").mkdir()
         (tmp_path / "videos" / ".eval_000000100.mp4.tmp.mp4").write_text("x")

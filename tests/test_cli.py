@@ -326,7 +326,7 @@ def test_an_edited_constant_of_the_wrong_type_is_refused(change):
         ("--reward_shaping maybe", ["reward_shaping", "maybe", "true, false"]),
         ("--capacity 3", ["capacity", "3", "prefill"]),
         ("--steps 10", ["steps", "10", "prefill"]),
-        ("--preset debug --steps 59", ["steps 59", "prefill 60", "60 control steps"]),
+        ("--preset debug --steps 60", ["steps 60", "prefill 60", "60 control steps"]),
         ("--actor_dist onehot", ["actor_dist", "onehot", "trunc_normal"]),
         ("--grad_heads decoder rewards", ["grad_heads", "rewards", "discount"]),
         ("--eval /no/such/run", ["/no/such/run"]),

@@ -295,7 +295,7 @@ class Slow(FakeEnv):
 @pytest.mark.parametrize("how", ["idle", "owes an answer", "killed", "closed", "hangs"])
 def test_closing_waits_for_no_worker(how, monkeypatch):
     """Not for one that is dead, owes an answer or hangs; all are gone, and closing again is nothing."""
-    monkeypatch.setattr(envs, "CLOSE_PATIENCE", 2.0)
+    monkeypatch.setattr(envs, "CLOSE_PATIENCE", 9.0 if how == "idle" else 2.0)
     vector = make_envs(OPTIONS | ({"cameras": ("closing",)} if how == "hangs" else {}), 2, 0, Slow)
     vector.reset()
     if how == "owes an answer":
@@ -307,7 +307,17 @@ def test_closing_waits_for_no_worker(how, monkeypatch):
         close_envs(vector)
     started = time.monotonic()
     close_envs(vector)
+    assert how != "idle" or [process.exitcode for process in vector.processes] == [0, 0]  # they closed by themselves
     assert time.monotonic() - started < 10 and vector.closed and not multiprocessing.active_children()
+
+
+def test_a_worker_that_was_killed_at_its_start_is_told_as_that():
+    """Not as a fault of its generator."""
+    vector = make_envs(OPTIONS, 2, 0, FakeEnv)
+    vector.processes[1].kill()
+    with pytest.raises(Failure, match="a worker process ended at its start"):
+        check_spaces(vector, "Mine", 1, 16)
+    close_envs(vector)
 
 
 @pytest.mark.parametrize("num_envs", [1, 2])

@@ -127,10 +127,11 @@ def test_a_run_folder_is_added(tmp_path, monkeypatch):
         add.add(folder, "", **columns)
     add.add(folder, "every2-seed3", **columns)
     (folder / "config.json").write_text(json.dumps(asdict(replace(Config(), preset="standard"))))
-    with pytest.raises(ValueError, match="standard on auto: give it a --name"):  # lift.csv holds runs of `cpu` only
+    with pytest.raises(ValueError, match="is of standard: give it a --name"):  # lift.csv holds runs of `cpu` only
         add.add(folder, "", **columns)
-    (folder / "config.json").write_text(json.dumps(asdict(replace(config, device="cuda"))))
-    with pytest.raises(ValueError, match="cpu on cuda: give it a --name"):
+    (folder / "config.json").write_text(json.dumps(asdict(config)))
+    (folder / "metrics.jsonl").write_text(text + json.dumps({"env_step": 100_000, "perf/gpu_gb": 0.2}))
+    with pytest.raises(ValueError, match="is of cpu on a GPU: give it a --name"):
         add.add(folder, "", **columns)
     (folder / "config.json").write_text(json.dumps(asdict(config) | {"center_images": True}))
     with pytest.raises(ValueError, match="another release .center_images."):
