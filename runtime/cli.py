@@ -7,6 +7,7 @@ import math
 import os
 import shlex
 import shutil
+import sys
 import textwrap
 import typing
 from collections.abc import Iterable, Iterator, Sequence
@@ -354,7 +355,7 @@ def farewell(step: int, episodes: int, updates: int, best: tuple[float, float] |
         "curves": f"python run.py --report {folder}",
     }
     if best is not None:
-        lines["policy"] = f"python run.py --eval {folder}"
+        lines["policy"] = f"python {shlex.quote(sys.argv[0])} --eval {folder}"  # a script of the user's knows its tasks
     if logger.wandb:
         lines["W&B"] = f"wandb leet {folder}/wandb" if logger.wandb.offline else logger.wandb.url
     for name, where in lines.items():

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import gymnasium
+import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
@@ -127,8 +128,6 @@ def test_debug_run_metrics_are_finite_ordered_and_unique(debug_run):
 
 def test_debug_run_videos_show_a_picture(debug_run):
     """The three kinds of videos have the expected sides and moving, non-black frames."""
-    import imageio.v2 as imageio
-
     for name, height in (("eval", 32 + 256), ("openloop", 32 + 3 * 3 * 128), ("dream", 32 + 3 * 128 + 32)):
         path = sorted((debug_run[0] / "videos").glob(f"{name}_*.mp4"))[-1]
         frames = [frame for frame in imageio.get_reader(path)]
@@ -162,6 +161,15 @@ def test_the_readmes_script_trains_a_task_of_ones_own(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "task MyTask" in done.stdout and "eval/return_mean" in metrics(tmp_path / "run")[-1]
+    assert f"python mine.py --eval {tmp_path / 'run'}\n" in done.stdout  # run.py would not know the task
+
+
+def test_a_pages_script_draws_what_the_cameras_see(tmp_path, monkeypatch):
+    """Word for word: three pictures of 32 pixels, eight times as large."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "own-task.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(next(block for block in blocks if "cameras.png" in block), {})
+    assert imageio.imread("cameras.png").shape == (256, 768, 3)
 
 
 def test_eval_repeats_the_evaluation_of_a_run_on_real_robosuite(debug_run, capsys):
@@ -432,7 +440,6 @@ def test_the_program_runs_without_wandb(tmp_path, monkeypatch):
 
 def test_a_missing_video_back_end_costs_a_warning_not_the_run(tmp_path, monkeypatch, capsys):
     """Training goes on when videos can't be written."""
-    import imageio.v2 as imageio
 
     def fail(*_, **__):
         raise OSError("no ffmpeg here")
