@@ -132,8 +132,6 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if camera_radius:
             _aim(mujoco, self._task, camera_ids, camera_radius)
         self._pristine = _snapshot(sim.model._model)
-        kinds = mujoco.mjtWarning
-        self._unstable = kinds.mjWARN_BADQPOS, kinds.mjWARN_BADQVEL, kinds.mjWARN_BADQACC
         self._renderer = Renderer(mujoco, sim.model._model, sim.data._data, camera_ids, image_size)
 
         self._image_shape, self._action_shape = (3 * len(camera_ids), image_size, image_size), (self._task.action_dim,)
@@ -181,8 +179,7 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         total, terminated, success = 0.0, False, False
         for _ in range(self._action_repeat):
             _, reward, terminated, _ = self._task.step(command)
-            warnings = self._task.sim.data._data.warning
-            if any(warnings[kind].number for kind in self._unstable):  # MuJoCo began anew, from the model's own pose
+            if _has_begun_anew(self._task.sim.data._data):
                 raise RuntimeError(f"the simulation became unstable with physics_step={self._physics_step}")
             total += float(reward)
             self._steps += 1
@@ -231,6 +228,14 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
 
 make_env = RoboSuiteEnv
+
+
+def _has_begun_anew(data: Any) -> bool:
+    """Whether MuJoCo has put an unstable simulation back into the model's own pose since the last reset."""
+    import mujoco
+
+    kinds = mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC
+    return any(data.warning[kind].number for kind in kinds)
 
 
 def _import_simulator() -> tuple[Any, Any]:
