@@ -96,10 +96,10 @@ def flags(changed: Mapping[str, Any]) -> str:
     return " ".join(f"--{name}={text}" for name, text in texts.items())
 
 
-def read_curve(run_dir: Path, config: Config, run: str) -> tuple[list[dict[str, Any]], float]:
-    """A row for each evaluation in metrics.jsonl, and the hours that the run took in all."""
+def curve_of(lines: Iterable[dict[str, float]], config: Config, run: str) -> tuple[list[dict[str, Any]], float]:
+    """A row for each evaluation among the lines of metrics.jsonl, and the hours that the run took in all."""
     hours, logged, speed, curve = 0.0, 0, math.inf, []
-    for line in read_metrics(run_dir)[0]:
+    for line in lines:
         if "perf/env_steps_per_s" in line:
             speed = line["perf/env_steps_per_s"]
             hours += (line["env_step"] - logged) / speed / 3600
@@ -134,7 +134,8 @@ def add(run_dir: Path, name: str, **columns: str) -> str:
     """
     config = read_config(run_dir)
     changed = overrides(config)
-    on_gpu = any("perf/gpu_gb" in line for line in read_metrics(run_dir)[0])
+    lines, _ = read_metrics(run_dir)
+    on_gpu = any("perf/gpu_gb" in line for line in lines)
     on_cpu = config.preset == "cpu" and not on_gpu
     is_claim = not name and on_cpu and not changed.keys() - STILL_THE_PRESET
     if not is_claim and not name:
@@ -142,7 +143,7 @@ def add(run_dir: Path, name: str, **columns: str) -> str:
         why = f"has constants of its own ({flags(changed)})" if on_cpu else place
         raise ValueError(f"{run_dir} {why}: give it a --name")
     name = name or f"{config.task.lower()}-{config.preset}-seed{config.seed}"
-    curve, hours = read_curve(run_dir, config, name)
+    curve, hours = curve_of(lines, config, name)
     if is_claim and not curve:
         raise ValueError(f"{run_dir} has no evaluation yet")
     row: dict[str, Any] = columns | {

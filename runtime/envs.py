@@ -33,6 +33,7 @@ Envs = SyncVectorEnv | AsyncVectorEnv
 MAX_REWARD = 1e9  # its weighted square has to be a float32
 FAULTS = (Exception, SystemExit)  # a simulator may raise anything, and some call sys.exit
 CLOSE_PATIENCE = 20.0  # seconds for workers to close their environments
+ENDED_AT_START = "a worker process ended at its start: see the error above, if there is one"
 RESET_TRIES = 10  # a reset that fails is drawn anew so often, each time in an environment that was built anew
 
 
@@ -265,8 +266,7 @@ def build_errors() -> Iterator[None]:
     except (EOFError, ConnectionResetError, BrokenPipeError) as error:
         # a worker ends if it imports a script that calls `main` at once
         guard = 'if __name__ == "__main__":'
-        what = "a worker process ended at its start: see the error above, if there is one"
-        raise UserError(f"{what}; a script that calls run.main needs `{guard}`") from error
+        raise UserError(f"{ENDED_AT_START}; a script that calls run.main needs `{guard}`") from error
     except OSError as error:  # a file is missing, or too many are open
         raise Failure(f"the environment can't be built: {describe_error(error)}") from error
 
@@ -293,7 +293,7 @@ def check_spaces(envs: Envs, task: str, cameras: int, image_size: int) -> tuple[
     try:
         generators = envs.get_attr("np_random")
     except (EOFError, OSError) as error:
-        raise Failure("a worker process ended at its start: see the error above, if there is one") from error
+        raise Failure(ENDED_AT_START) from error
     except FAULTS:  # a worker can't send it
         generators = (None,)
     if not all(isinstance(rng, np.random.Generator) for rng in generators):
