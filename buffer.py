@@ -235,9 +235,9 @@ class ReplayBuffer:
     def _newest_and_best(self, oldest: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
         """The newest and the best tenth of the episodes, at most BEST of these, each as ring, first row and end (3, n).
 
-        Running episodes have no score yet; all of them are among the newest, where they count as one. While the newest
-        tenth has fewer than `rows` rows, older episodes are added: a window would repeat the few rows of an episode
-        that has just begun.
+        Running episodes have no score yet; all of them are among the newest, where they count as one. While a tenth has
+        fewer than `rows` rows, the next episodes are added: a window would repeat the few rows of an episode that has
+        just begun, or that its task soon ends.
         """
         last = [(env, x[-1], self.written[env]) for env, x in enumerate(self.episodes) if x]
         running = [(env, x.start, end, x.number, -np.inf) for env, x, end in last if x.number < 0]
@@ -245,9 +245,14 @@ class ReplayBuffer:
         parts = table[:3].astype(int)
         parts[1] = np.maximum(parts[1], oldest[parts[0]])
         tenth = math.ceil(table.shape[1] / 10)
-        enough = 1 + int(np.searchsorted((parts[2] - parts[1])[::-1].cumsum(), rows))
-        best = np.argsort(table[4], kind="stable")[-min(tenth, BEST) :]  # the last ones of equal score
-        return parts[:, -max(tenth + len(running[1:]), enough) :], parts[:, np.sort(best)]
+        lengths = parts[2] - parts[1]
+
+        def last(order: np.ndarray, count: int) -> np.ndarray:
+            return order[-max(count, 1 + int(np.searchsorted(lengths[order[::-1]].cumsum(), rows))) :]
+
+        newest = last(np.arange(len(lengths)), tenth + len(running[1:]))
+        best = last(np.argsort(table[4], kind="stable"), min(tenth, BEST))  # of equal score, the last ones
+        return parts[:, newest], parts[:, np.sort(best)]
 
 
 def _windows(rng: np.random.Generator, parts: np.ndarray, count: int, length: int) -> np.ndarray:
@@ -276,7 +281,7 @@ def moved(x: Tensor, device: torch.device | str) -> Tensor:
 def _score(reward: np.ndarray) -> float:
     """How good an episode is: its largest reward, plus a little of its return, which ranks those that solve the task.
 
-    By returns alone, an episode that solves the task at its very end would rank behind those that never do. The score
-    is the same to the last bit whether its rows come from memory or from a file.
+    The row of its reset counts in neither. By returns alone, an episode that solves the task at its very end would rank behind those that
+    never do. The score is the same to the last bit whether its rows come from memory or from a file.
     """
-    return float(reward.max()) + RETURN_SHARE * float(reward.sum(dtype=np.float64))
+    return float(reward[1:].max(initial=-np.inf)) + RETURN_SHARE * float(reward.sum(dtype=np.float64))

@@ -157,11 +157,11 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         # Door and Wipe place things by writing to the model, which MuJoCo's own reset leaves as it is.
         for array, built in self._pristine:
             array[...] = built
-        self._hand_over_generator()
+        _hand_over_generator(self._task, self.np_random)
         with _simulation_timestep(self._physics_step):  # a reset builds new controllers, which read it
             self._task.reset()
         self._steps = 0
-        return renderer.observation(), self._info()
+        return renderer.observation(), {"success": bool(self._task._check_success())}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Holds `action` (A,) for action_repeat control steps.
@@ -183,7 +183,7 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
                 raise RuntimeError(f"the simulation became unstable with physics_step={self._physics_step}")
             total += float(reward)
             self._steps += 1
-            success = success or self._info()["success"]
+            success = success or bool(self._task._check_success())
             if terminated:
                 break
         truncated = self._steps >= self._episode_steps
@@ -205,29 +205,30 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             self._task.close()
             self._task = None
 
-    def _info(self) -> dict[str, Any]:
-        return {"success": bool(self._task._check_success())}
-
     def _open_renderer(self) -> Renderer:
         if self._renderer is None:
             raise RuntimeError("this environment is closed")
         return self._renderer
 
-    def _hand_over_generator(self) -> None:
-        """Makes `np_random` the generator of all in the task that draws at a reset."""
-        from robosuite.utils.placement_samplers import ObjectPositionSampler
-
-        self._task.rng = self.np_random
-        samplers = [value for value in vars(self._task).values() if isinstance(value, ObjectPositionSampler)]
-        while samplers:
-            sampler = samplers.pop()
-            sampler.rng = self.np_random
-            samplers.extend(getattr(sampler, "samplers", {}).values())  # a composite's parts
-        if hasattr(self._task.model.mujoco_arena, "rng"):  # Wipe's draws its dirt
-            self._task.model.mujoco_arena.rng = self.np_random
-
 
 make_env = RoboSuiteEnv
+
+
+def _hand_over_generator(task: Any, rng: np.random.Generator) -> None:
+    """Makes `rng` the generator of all in the task that draws at a reset."""
+    from robosuite.utils.placement_samplers import ObjectPositionSampler
+
+    task.rng = rng
+    found = list(vars(task).values())
+    while found:
+        value = found.pop()
+        if isinstance(value, ObjectPositionSampler):
+            value.rng = rng
+            found.append(getattr(value, "samplers", {}))  # a composite's parts
+        elif isinstance(value, dict | list | tuple):
+            found.extend(value.values() if isinstance(value, dict) else value)
+    if hasattr(task.model.mujoco_arena, "rng"):  # Wipe's draws its dirt
+        task.model.mujoco_arena.rng = rng
 
 
 def _has_begun_anew(data: Any) -> bool:

@@ -99,8 +99,8 @@ class RSSM(nn.Module):
 
     def observe(
         self, embed: Tensor, action: Tensor, is_first: Tensor, draws: Draws, state: RSSMState | None = None
-    ) -> tuple[RSSMState, Tensor]:
-        """Filter a sequence: embed (T, B, E), action (T, B, A), is_first (T, B) -> posteriors (T, B, ...), prior stats.
+    ) -> RSSMState:
+        """Filter a sequence: embed (T, B, E), action (T, B, A), is_first (T, B) -> posteriors (T, B, ...).
 
         `state` (B, ...) is the one before the first step, zeros if not given. Where `is_first`, the previous state
         and the action are zeroed: an episode never sees the one before it.
@@ -120,13 +120,11 @@ class RSSM(nn.Module):
             stats = self._stats(self.obs_dist(hidden))
             state = RSSMState(deter, self.sample(stats, draws), stats)
             posts.append(state)
-        post = stack(posts)
-        return post, self.prior(post.deter)
+        return stack(posts)
 
     def obs_step(self, state: RSSMState, embed: Tensor, action: Tensor, is_first: Tensor, draws: Draws) -> RSSMState:
         """One step of `observe`: state (B, ...), embed (B, E), action (B, A), is_first (B,) -> posterior (B, ...)."""
-        post, _ = self.observe(embed[None], action[None], is_first[None], draws, state)
-        return post.map(lambda x: x[0])
+        return self.observe(embed[None], action[None], is_first[None], draws, state).map(lambda x: x[0])
 
     def imagine(
         self, policy: Callable[[Tensor], Tensor], start: RSSMState, horizon: int, draws: Draws

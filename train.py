@@ -255,7 +255,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "image_norm": "none",
         "binary_gripper": False,
         "discount_head": False,
-        "grad_heads": ("decoder", "reward"),
         "reward_scale": 1.0,
         "kl_free": 1.0,
         "kl_free_avg": True,
@@ -344,8 +343,8 @@ class WorldModel(nn.Module):
         """Equation 2 on a batch (T, B, ...). Returns the loss (), the posteriors (T, B, ...) and metrics, () each."""
         c = self.config
         image = self.encoder.preprocess(batch.image)
-        post, prior = self.rssm.observe(self.encoder(image), batch.action, batch.is_first, draws)
-        feat = post.feat
+        post = self.rssm.observe(self.encoder(image), batch.action, batch.is_first, draws)
+        prior, feat = self.rssm.prior(post.deter), post.feat
         decoded, target = self._frames(feat, image, draws)
         image_dist = self.decoder(self._head_input("decoder", decoded))
         self._measure(batch.reward)
@@ -417,7 +416,7 @@ class WorldModel(nn.Module):
         return learned * self.reward_size()
 
     def reward_size(self) -> Tensor:
-        """What rewards are divided by, a scalar: the running root mean square of an agent step's reward, or 1."""
+        """What rewards are divided by, a scalar: the running root mean square of the batches' rewards, or 1."""
         if not self.config.reward_norm:
             return torch.ones_like(self.reward_square)
         return (self.reward_square / self.reward_known).sqrt().clamp(min=LEAST_REWARD)
@@ -433,7 +432,7 @@ class WorldModel(nn.Module):
     def filter(self, batch: Batch, draws: Draws) -> RSSMState:
         """Posteriors (T, B, ...) of a batch."""
         embed = self.encoder(self.encoder.preprocess(batch.image))
-        return self.rssm.observe(embed, batch.action, batch.is_first, draws)[0]
+        return self.rssm.observe(embed, batch.action, batch.is_first, draws)
 
     @torch.no_grad()
     def predict(self, batch: Batch, draws: Draws, context: int = CONTEXT) -> Prediction:

@@ -251,7 +251,7 @@ class Collector:
         return sum(self.successes) / LAST
 
     def describe_recent(self) -> str:
-        """The last episodes for the progress bar: the return of the last one, the share of ten with success."""
+        """The last episodes for the progress bar: the return of the last one, the share with success."""
         return f"return {self.last_return:.3g}, success {np.mean(self.successes):.0%}" if self.successes else ""
 
     def check_faults(self) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import os
+import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -49,7 +50,7 @@ EARLY = 4  # evaluations in `eval_every` once training episodes succeed, until a
 TRIES, OTHER_SEED = 3, 1_000  # an episode that fails is played again that often, its seed moved by so much
 DREAM_STEPS = 45  # imagined in the video of the policy's dreams
 OPEN_LOOP_STEPS = (1, 5, 15, 45)  # imagined agent steps after which the open-loop error is logged
-OPEN_LOOP_WINDOWS = 24  # sequences that the open-loop errors are means of
+OPEN_LOOP_WINDOWS = 24  # sequences that the open-loop errors are means of, at most
 RECORDINGS = 6  # evaluation episodes whose rows are kept for figures and pictures
 SEQUENCES = 6  # columns of the open-loop and the imagination videos
 THIRDS = ("low", "middle", "high")  # of the largest reward so far: in Lift, far from the cube, at it, lifting it
@@ -291,10 +292,10 @@ def realized_return(reward: np.ndarray, last_value: float, terminal: bool, disco
 
 
 def open_loop_windows(recordings: Sequence[Episode]) -> Batch:
-    """Windows of 50 rows, or of the longest episode's, as (T, B, ...): the first of each episode, then the second."""
-    longest = max(len(recording.rows) for recording in recordings)
-    length = min(CONTEXT + max(OPEN_LOOP_STEPS), longest)
-    windows = [x.rows[start : start + length] for start in range(0, longest, length) for x in recordings]
+    """Windows of 50 rows, or of as many as half of the episodes have: the first of each, then the second; (T, B, ...)."""
+    lengths = [len(recording.rows) for recording in recordings]
+    length = min(CONTEXT + max(OPEN_LOOP_STEPS), statistics.median_high(lengths))
+    windows = [x.rows[start : start + length] for start in range(0, max(lengths), length) for x in recordings]
     return _batch([window for window in windows if len(window) == length][:OPEN_LOOP_WINDOWS])
 
 

@@ -68,6 +68,7 @@ class Watch:
         self.discount = noted_heads(model.discount) if model.discount is not None else []
         self.value, self.target_value = noted_heads(behavior.value), noted_heads(behavior.target_value)
         self.observed, self.kl = noted_calls(model.rssm, "observe"), noted_calls(model.rssm, "kl")
+        self.prior = noted_calls(model.rssm, "prior")
         self.states, self.imagined = noted_calls(model.rssm, "imagine"), noted_calls(model, "imagine")
         self.gradients: dict[Tensor, Tensor] = {}  # of the latest update, before clipping
         for parameter in (*model.parameters(), *behavior.parameters()):
@@ -244,7 +245,7 @@ def compare_world_model(recording: Recording, config: Config, watch: Watch) -> N
     def compare(key: str, ours: Tensor) -> None:
         recording.compare(f"wm/{key}", ours.transpose(0, 1), "forward")
 
-    post, prior = watch.observed[0]
+    post, prior = watch.observed[0], watch.prior[0]
     compare("embed", watch.embed[0])
     compare("post/deter", post.deter)
     if config.classes:

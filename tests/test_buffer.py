@@ -64,7 +64,7 @@ class NaiveReplay:
     def finish(self, env: int, number: int) -> None:
         episode = self.rings[env][-1]
         tags = [tag for tag, _, _ in episode.rows]
-        episode.number, episode.score = number, max(tags) + 1e-4 * sum(tags)
+        episode.number, episode.score = number, max(tags[1:], default=-math.inf) + 1e-4 * sum(tags)
 
     def all_rows(self) -> list[list[tuple]]:
         return [[row for episode in ring for row in episode.rows] for ring in self.rings]
@@ -80,11 +80,14 @@ class NaiveReplay:
             chosen.insert(0, episodes.pop().rows)
         return chosen
 
-    def best(self) -> list[list[tuple]]:
-        """Rows of each episode of the best tenth; of equal ones, the newest are among it."""
+    def best(self, least: int) -> list[list[tuple]]:
+        """Rows of each episode of the best tenth, or of as many as have `least` rows; of equal ones, the newest."""
         episodes = sorted((x for ring in self.rings for x in ring), key=lambda x: x.number)
         order = sorted(range(len(episodes)), key=lambda i: (episodes[i].score, i))
-        return [episodes[i].rows for i in sorted(order[-self.tenth() :])]
+        chosen: list[int] = []
+        while order and (len(chosen) < self.tenth() or sum(len(episodes[i].rows) for i in chosen) < least):
+            chosen.append(order.pop())
+        return [episodes[i].rows for i in sorted(chosen)]
 
     def tenth(self) -> int:
         return math.ceil(sum(map(len, self.rings)) / 10)
@@ -149,7 +152,7 @@ def test_windows_equal_a_naive_lists(data):
     batch = buffer.sample(80 * held, length)
     newest, best = (Batch(*(x[:, half] for x in batch)) for half in (slice(40 * held), slice(40 * held, None)))
     assert sorted(windows_in(newest)) == windows_of(naive.newest(length), length)
-    assert sorted(windows_in(best)) == windows_of(naive.best(), length)
+    assert sorted(windows_in(best)) == windows_of(naive.best(length), length)
 
 
 def test_every_row_is_equally_likely():
@@ -322,6 +325,17 @@ def test_the_best_episode_is_the_one_with_the_largest_reward():
     scores = [episode.score for episode in buffer.episodes[0]]
     assert scores[0] == scores[2] < scores[1] < scores[3]
     assert (buffer.sample(16, 4).action[:, 8:, 0] == 3).all()
+
+
+def test_of_costs_the_smallest_makes_the_best_episode():
+    """Where all rewards are negative, one that comes near is better than one that soon ends or fails at its reset."""
+    buffer = ReplayBuffer(1000, 1, IMAGE_SHAPE, 2, seed=0)
+    for number, rewards in enumerate([[], [-1.0] * 2, [-1.0] * 50, [-1.0] * 60 + [-0.01] * 40]):
+        for i, reward in enumerate([0.0, *rewards]):
+            buffer.add(transition(number, is_first=i == 0)._replace(reward=reward), 0)
+        buffer.finish(0, number)
+    nothing, short, long, near = (episode.score for episode in buffer.episodes[0])
+    assert nothing < long < short < near
 
 
 def test_a_first_success_among_many_episodes_is_drawn_often():

@@ -183,6 +183,27 @@ def test_a_task_that_does_not_take_robosuites_keywords_is_named(lift):
     environment.close()
 
 
+def test_a_sampler_is_found_where_a_task_keeps_it(lift):
+    """Also within lists and dicts of the task: the seed decides what it draws."""
+    from robosuite.environments.manipulation.lift import Lift
+
+    class Tidy(Lift):
+        def _load_model(self):
+            super()._load_model()
+            self.kept, self.placement_initializer = [{"cube": self.placement_initializer}], None
+
+        def _reset_internal(self):
+            self.placement_initializer = self.kept[0]["cube"]
+            super()._reset_internal()
+            self.placement_initializer = None
+
+    environment = build(task="Tidy")
+    first, other, again = (environment.reset(seed=seed)[0] for seed in (5, 6, 5))
+    assert (first != other).any()
+    np.testing.assert_array_equal(first, again)
+    environment.close()
+
+
 # ---- the Gymnasium interface
 
 

@@ -94,7 +94,7 @@ def test_realized_return_is_the_discounted_sum(terminal):
 
 
 def test_open_loop_windows_are_whole_and_start_in_different_episodes():
-    """50 rows each, from all episodes that have them; shorter episodes alone set a shorter length."""
+    """50 rows each, from all episodes that have them, or as many rows as half of the episodes have."""
     long, short = [recording(120, seed) for seed in range(2)], recording(30, 5)
     windows = open_loop_windows([*long, short])
     assert windows.image.shape[:2] == (50, 4)
@@ -105,6 +105,7 @@ def test_open_loop_windows_are_whole_and_start_in_different_episodes():
         assert np.array_equal(windows.reward[:, column], [row.reward for row in rows])
     assert windows.is_first[0].all() and not windows.is_first[1:].any()
     assert open_loop_windows([short, recording(20)]).image.shape[:2] == (31, 1)
+    assert open_loop_windows([recording(n) for n in (40, 31, 30, 20, 19, 9)]).image.shape[:2] == (31, 3)
 
 
 def known_agent(config, offset: float, value: float):

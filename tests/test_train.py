@@ -866,7 +866,7 @@ def test_acting_sees_what_training_sees():
         deter.append(state.latent.deter)
     model = dreamer.world_model
     embed = model.encoder(model.encoder.preprocess(image))
-    post, _ = model.rssm.observe(embed, torch.stack(actions[:-1]), is_first, seeded())
+    post = model.rssm.observe(embed, torch.stack(actions[:-1]), is_first, seeded())
     assert torch.allclose(torch.stack(deter), post.deter, atol=1e-5)
 
 
