@@ -247,11 +247,11 @@ class ReplayBuffer:
         tenth = math.ceil(table.shape[1] / 10)
         lengths = parts[2] - parts[1]
 
-        def last(order: np.ndarray, count: int) -> np.ndarray:
+        def final(order: np.ndarray, count: int) -> np.ndarray:
             return order[-max(count, 1 + int(np.searchsorted(lengths[order[::-1]].cumsum(), rows))) :]
 
-        newest = last(np.arange(len(lengths)), tenth + len(running[1:]))
-        best = last(np.argsort(table[4], kind="stable"), min(tenth, BEST))  # of equal score, the last ones
+        newest = final(np.arange(len(lengths)), tenth + len(running[1:]))
+        best = final(np.argsort(table[4], kind="stable"), min(tenth, BEST))  # of equal score, the last ones
         return parts[:, newest], parts[:, np.sort(best)]
 
 
@@ -281,7 +281,7 @@ def moved(x: Tensor, device: torch.device | str) -> Tensor:
 def _score(reward: np.ndarray) -> float:
     """How good an episode is: its largest reward, plus a little of its return, which ranks those that solve the task.
 
-    The row of its reset counts in neither. By returns alone, an episode that solves the task at its very end would rank behind those that
-    never do. The score is the same to the last bit whether its rows come from memory or from a file.
+    The row of its reset counts in neither. By returns alone, an episode that solves the task at its very end would rank
+    behind those that never do. The score is the same to the last bit whether its rows come from memory or from a file.
     """
     return float(reward[1:].max(initial=-np.inf)) + RETURN_SHARE * float(reward.sum(dtype=np.float64))

@@ -26,6 +26,8 @@ import numpy as np
 
 from render import Renderer, gl_backend, has_library, import_rendering
 
+logging.getLogger("robosuite_logs").disabled = True  # it logs when it is imported
+
 STOCK_PHYSICS_STEP = 0.002  # seconds, RoboSuite's own
 CHEAP_PHYSICS_STEP = 0.005  # 2.5 times fewer controller and physics steps; not the standard physics
 
@@ -242,7 +244,6 @@ def _has_begun_anew(data: Any) -> bool:
 def _import_simulator() -> tuple[Any, Any]:
     """Returns (mujoco, robosuite), imported without a word, with os.environ set up for rendering."""
     os.environ.update(gl_backend(sys.platform, os.environ, has_library))
-    logging.getLogger("robosuite_logs").disabled = True  # before the import, which already logs
     # RoboSuite refuses a MUJOCO_EGL_DEVICE_ID that isn't in CUDA_VISIBLE_DEVICES, and overwrites MUJOCO_GL.
     before = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "MUJOCO_GL")}
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)

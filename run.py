@@ -65,6 +65,7 @@ def main(argv: list[str] | None = None, make_env: MakeEnv = make_robosuite_env) 
         except Stopped as stop:
             return 128 + stop.args[0]
         except KeyboardInterrupt:  # before or after training, which has its own handler
+            say("stopped by SIGINT")
             return 130
         return 0
 
@@ -81,13 +82,15 @@ def train(config: Config, given: dict[str, Any], make_env: MakeEnv) -> None:
         if state is not None:
             finished = state["step"] >= config.steps
             done = f"finished: {folder.path} has its {state['step']} steps; --steps extends it"
+            changes = cli.check_same_run(folder.path, state["config"], config)
             say(done if finished else f"resumed {folder.loaded} at step {state['step']}")
-            cli.check_same_run(folder.path, state["config"], config)
             if finished:
                 check_learned(state["agent"]["updates"], state["step"])
                 write_left_policy(folder.path, state["evaluator"])
                 check_complete(state["evaluator"]["incomplete"])
                 return
+            for change in changes:
+                say(f"changed since the checkpoint: {change}")
         parts = build(config, given, make_env, device, folder, state, stack)
         stack.enter_context(parts.stop)
         try:

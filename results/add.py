@@ -177,7 +177,7 @@ def main() -> int:
     commit = args.commit or subprocess.check_output(head, text=True).strip()
     try:
         print(add(args.run_dir, args.name, cores=args.cores, hardware=args.hardware, commit=commit, note=args.note))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0

@@ -155,7 +155,12 @@ class RunFolder:
             raise UserError(f"run_dir {self.path} can't be used: {error.strerror}") from error
 
     def release(self) -> None:
-        """Let other processes work in the folder."""
+        """Let other processes work in the folder. Nobody should stop the process that gets this one's number next."""
+        if self.lock.is_locked:
+            try:
+                (self.path / LOCK_NAME).write_text("")
+            except OSError as error:
+                warn(f"{self.path / LOCK_NAME} keeps the number of a process that has ended: {error.strerror}")
         self.lock.release()
 
     def _acquire(self) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import functools
+import itertools
 import math
 import os
 import shlex
@@ -32,7 +33,11 @@ Train DreamerV2 on RoboSuite, evaluate what it learned, or draw its curves:
   python run.py --report runs/Lift_cpu_0  write report.html into a run folder; several: their curves together
 
 The same command continues a run from its newest checkpoint. Exit codes: 0 done, 1 failure, 2 wrong input, and
-128 + the signal's number if a signal stopped the run. The defaults below are those of the preset `standard`."""
+128 + the signal's number if a signal stopped the run. The defaults below are those of the preset `{preset}`."""
+
+# Names that other programs have for constants.
+ELSEWHERE = {"env": "task", "gamma": "discount", "lr": "model_lr", "learning_rate": "model_lr", "logdir": "run_dir"}
+ELSEWHERE |= {"log_dir": "run_dir", "buffer_size": "capacity", "replay_size": "capacity", "total_steps": "steps"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,27 +64,30 @@ def parse(argv: Sequence[str]) -> Command:
     """The configuration that flags, preset and Config give together, and what to do. UserError for wrong input."""
     check_block()
     words = list(_words(argv))
+    shown = next(
+        (value for flag, value in itertools.pairwise(words) if flag == "--preset" and value in PRESETS), "auto"
+    )
+    shown = _preset(shown, "auto")
     with tyro._errors.on_parse_error(_refuse):
         flags = tyro.cli(
             Flags,
             prog="run.py",
-            description=DESCRIPTION,
+            description=DESCRIPTION.format(preset=shown),
+            default=Flags(**defaults(Config.task, shown)),
             args=words,
             config=(tyro.conf.FlagConversionOff,),
             use_underscores=True,
         )
     named = {_field(word) for word in words if word.startswith("--")}
     given = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Config) if field.name in named}
-    preset = flags.preset
-    if preset == "auto":
-        preset = "standard" if pick_device(flags.device).type == "cuda" else "cpu"
+    preset = _preset(flags.preset, flags.device)
     config = Config(**defaults(flags.task, preset) | given | {"preset": preset})
     if "eval" in named and not flags.eval:
         raise UserError("--eval needs a run folder or a policy file")
     if "report" in named and not all(flags.report or [""]):
         raise UserError("--report needs one run folder or several")
-    if flags.report and (flags.eval or given):
-        name = "eval" if flags.eval else next(iter(given))
+    if flags.report and (flags.eval or given.keys() - {"task"}):  # which a script of the user's adds by itself
+        name = "eval" if flags.eval else next(name for name in given if name != "task")
         raise UserError(
             f"{name} {_text(getattr(flags, name))} can't be chosen with --report, which takes only run folders"
         )
@@ -104,10 +112,17 @@ def check_block() -> None:
                 raise UserError(f"{table} in train.py, {entry}: unknown constant {name}: {hint}")
 
 
-def _did_you_mean(name: str, valid: Iterable[str], otherwise: str) -> str:
+def _did_you_mean(name: str, valid: Iterable[str], otherwise: str, dashes: str = "") -> str:
     """A question that names the nearest valid name, or other words if none is near."""
-    near = difflib.get_close_matches(name, valid, 1)
-    return f"did you mean {near[0]}?" if near else otherwise
+    near = [ELSEWHERE[name]] if name in ELSEWHERE else difflib.get_close_matches(name, valid, 1, cutoff=0.75)
+    return f"did you mean {dashes}{near[0]}?" if near else otherwise
+
+
+def _preset(name: str, device: str) -> str:
+    """The preset that `auto` stands for on this device, or the one that is named."""
+    if name != "auto":
+        return name
+    return "standard" if pick_device(device).type == "cuda" else "cpu"
 
 
 def _check_no_gpu_run(config: Config) -> None:
@@ -125,15 +140,19 @@ def _field(word: str) -> str:
 
 
 def _words(argv: Sequence[str]) -> Iterator[str]:
-    """A sweep's `--save_replay=false` and `--cameras=a,b` in tyro's form: `--save_replay=False`, `--cameras a b`."""
-    before = ""
+    """A sweep's `--save_replay=false` and `--cameras=a,b` in tyro's form: `--save_replay False`, `--cameras a b`."""
+    flag = ""
     for word in argv:
-        flag, equals, value = word.rpartition("=")
-        default = getattr(Config, _field(flag or before), None)
+        value = word
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            yield flag
+            if not equals:
+                continue
+        default = getattr(Config, _field(flag), None)
         if isinstance(default, bool) and value in ("true", "false"):
-            word = flag + equals + value.capitalize()
-        yield from [flag, *value.split(",")] if flag.startswith("--") and isinstance(default, tuple) else [word]
-        before = word
+            value = value.capitalize()
+        yield from value.split(",") if isinstance(default, tuple) else [value]
 
 
 def _path(name: str) -> Path:
@@ -146,25 +165,35 @@ def _refuse(event: Any) -> NoReturn:
     errors = tyro._errors
     if isinstance(event, errors.UnrecognizedArgs):
         flag = event.tokens[0].split("=")[0]
-        names = [f"--{field.name}" for field in dataclasses.fields(Flags)] if flag.startswith("-") else []
-        hint = _did_you_mean("--" + _field(flag), names, "see python run.py --help")
+        if not flag.startswith("-"):
+            raise UserError(f"{flag} is one value too many: see python run.py --help")
+        names = [field.name for field in dataclasses.fields(Flags)]
+        hint = _did_you_mean(_field(flag), names, "see python run.py --help", dashes="--")
         raise UserError(f"unknown flag {flag}: {hint}")
     argument = getattr(event, "argument", None)
     name = argument.lowered.name_or_flags[0].lstrip("-") if argument is not None else ""
     if isinstance(event, errors.InvalidChoice):
         valid = ", ".join(str(choice).lower() if choice in ("True", "False") else choice for choice in event.choices)
-        raise UserError(f"{name} {event.value} is unknown; valid: {valid}")
+        raise UserError(f"{name} {event.value or repr(event.value)} is unknown; valid: {valid}")
     if isinstance(event, errors.InstantiationFailure) and name in hints():  # int's or float's: "...: 'abc'"
         value = event.message.rpartition(": ")[2]
         raise UserError(f"{name} {value} is of the wrong type: it must be {WORDS[_type_and_marks(hints()[name])[0]]}")
-    raise UserError(f"{name or 'flags'}: a value is missing; see python run.py --help")
+    raise UserError(f"{name or 'flags'}: a value is missing, {_valid(name)}")
+
+
+def _valid(name: str) -> str:
+    """What a field takes, in words."""
+    kind = _type_and_marks(hints()[name])[0] if name in hints() else None
+    if typing.get_origin(kind) is Literal:
+        return f"valid: {', '.join(typing.get_args(kind))}"
+    return next((words for known, words in WORDS.items() if known is kind), "see python run.py --help")
 
 
 def check_fits_policy(given: dict[str, Any], config: Config) -> None:
     """Refuse flags that an evaluation would ignore, unless the policy was trained with them (UserError)."""
     env, fixed = marked("env"), marked("fixed")
     free = {*env, "num_envs", "eval_episodes", "eval_steps", "eval_action"} - {*fixed, "episode_steps"}
-    free |= {"device", "run_dir"}
+    free |= {"device"}
     for name, value in given.items():
         if name not in free and value != getattr(config, name):
             made = f"the policy was trained with {_text(getattr(config, name))}"
@@ -225,7 +254,7 @@ def _check_value(name: str, value: Any, kind: Any) -> None:
     if typing.get_origin(kind) is Literal:
         valid = typing.get_args(kind)
         if not any(value == choice and type(value) is type(choice) for choice in valid):
-            raise UserError(f"{name} {value} is unknown; valid: {', '.join(map(str, valid))}")
+            raise UserError(f"{name} {value or repr(value)} is unknown; valid: {', '.join(map(str, valid))}")
         return
     right = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
     if not right:
@@ -245,7 +274,7 @@ def check_config(config: Config) -> None:
     check_fields(config)
     c = config
     if not c.cameras or not all(c.cameras):
-        raise UserError(f"cameras {_text(c.cameras)!r} lack a name: the agent sees through one camera at least")
+        raise UserError(f"cameras {','.join(c.cameras)!r} lack a name: the agent sees through one camera at least")
     if c.entropy_updates and not (c.actor_entropy and c.actor_entropy_final):
         raise UserError(
             f"entropy_updates {c.entropy_updates} needs actor_entropy {c.actor_entropy} and actor_entropy_final "
@@ -266,18 +295,20 @@ def check_config(config: Config) -> None:
         )
 
 
-def check_same_run(run_dir: Path, saved: dict[str, Any], config: Config) -> None:
-    """Refuse to continue a run with other fixed or kept constants (UserError); say which others have changed."""
+def check_same_run(run_dir: Path, saved: dict[str, Any], config: Config) -> list[str]:
+    """Refuse to continue a run with other fixed or kept constants (UserError); which others have changed, in words."""
+    changes = [f"{name} {_text(old)} -> gone" for name, old in saved.items() if name not in hints()]
     fixed = {*marked("fixed"), *marked("kept")} - ({"rotation_scale"} if config.controller != "OSC_POSE" else set())
     for name, new in dataclasses.asdict(config).items():
         if name in fixed and name not in saved:  # its default of today may not be what it was
             raise UserError(f"the run in {run_dir} is from another release, without {name}: choose another --run_dir")
-        old = saved.get(name, new)
+        old = saved.get(name)
         if name in fixed and old != new:
             made = f"the run in {run_dir}, made with {_text(old)}"
             raise UserError(f"{name} {_text(new)} does not fit {made}: choose another --run_dir")
         if old != new and name not in ("run_dir", "device", "wandb"):
-            say(f"changed since the checkpoint: {name} {_text(old)} -> {_text(new)}")
+            changes.append(f"{name} {_text(old) if name in saved else 'new'} -> {_text(new)}")
+    return changes
 
 
 # ---------------------------------------------------------------------------------------------- words

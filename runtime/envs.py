@@ -105,6 +105,8 @@ class RebuildingEnv(gymnasium.Wrapper):
             frame = np.array(self.env.render())  # a copy, as the next one may be drawn into the same array
             if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3 or not frame.size:
                 return f"render() gave a frame of {frame.dtype} {frame.shape}, not of uint8 (height, width, 3)"
+        except NotImplementedError:
+            return "this environment has no render()"
         except FAULTS as error:
             return f"render() raised {describe_error(error)}"
         return frame

@@ -207,7 +207,7 @@ class Player:
             if isinstance(frame, np.ndarray):
                 episode.renders.append(frame)
             else:
-                warn(f"the evaluation is not filmed: {frame}")
+                warn_once("film", f"evaluations are not filmed: {frame}")
                 episode.renders.clear()
                 self.film = False
 
@@ -292,7 +292,7 @@ def realized_return(reward: np.ndarray, last_value: float, terminal: bool, disco
 
 
 def open_loop_windows(recordings: Sequence[Episode]) -> Batch:
-    """Windows of 50 rows, or of as many as half of the episodes have: the first of each, then the second; (T, B, ...)."""
+    """Windows (T, B, ...) of 50 rows, or as many as half of the episodes have: the first of each, then the second."""
     lengths = [len(recording.rows) for recording in recordings]
     length = min(CONTEXT + max(OPEN_LOOP_STEPS), statistics.median_high(lengths))
     windows = [x.rows[start : start + length] for start in range(0, max(lengths), length) for x in recordings]
@@ -442,7 +442,7 @@ class Evaluator:
         self.logger.scalars(step, summary | analysis.metrics)
         figures = {"best_success_rate": self.best_success, "last_success_rate": summary["eval/success_rate"]}
         self.logger.summary(figures)
-        say(f"step {step}: {describe(summary)}")
+        say(f"step {step} of {self.config.steps}: {describe(summary)}")
         if film:
             self.bar.show("evaluate", "videos")
             with self.watch("video"):
@@ -550,6 +550,8 @@ def evaluate_policy(path: Path, given: dict[str, Any], make_env: MakeEnv) -> Non
     `given` are the flags that were given. Failure if episodes could not be played.
     """
     file = path / "policy.pt" if os.path.isdir(path) else path  # unlike path.is_dir, it raises nothing
+    if file != path and not file.exists():
+        raise UserError(f"{path} has no policy.pt yet: the first evaluation writes it, after eval_every control steps")
     policy, config = load_policy(file)
     check_fits_policy(given, config)
     config = dataclasses.replace(config, **{"eval_episodes": EVAL_EPISODES, "num_envs": 1, **given})

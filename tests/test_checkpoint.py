@@ -875,7 +875,9 @@ def test_a_run_folder_is_one_processs_until_it_ends(tmp_path):
     assert holder.finish(5)[0] == -9
     folder = RunFolder(tmp_path)
     folder.claim(tiny_config())  # which asks for the lock again
+    assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
     folder.release()
+    assert (tmp_path / "lock").read_text() == ""  # another process may get that number
     RunFolder(tmp_path).release()
 
 

@@ -151,6 +151,7 @@ def test_every_field_is_a_flag_and_its_comment_stands_in_the_help(capsys, monkey
         ("--model_lr=1e-3 --steps 400_000", {"model_lr": 1e-3, "steps": 400_000}),
         ("--cameras frontview sideview --seed 1", {"cameras": ("frontview", "sideview"), "seed": 1}),
         ("--cameras=frontview,sideview --seed=1", {"cameras": ("frontview", "sideview"), "seed": 1}),
+        ("--cameras frontview,sideview --seed 1", {"cameras": ("frontview", "sideview"), "seed": 1}),
         ("--image_size 128", {"image_size": 128}),
         ("--run_dir=a=b", {"run_dir": "a=b"}),
         ("--seed 1 --seed 2", {"seed": 2}),
@@ -162,6 +163,21 @@ def test_a_flag_is_written_in_several_ways(words, given):
     assert command.given == given and not command.eval and not command.report
     assert all(type(getattr(command.config, name)) is type(value) for name, value in given.items())
     assert all(getattr(command.config, name) == value for name, value in given.items())
+
+
+def test_a_script_that_names_its_task_can_report():
+    """It gives `--task` before the user's own words, as the README has it."""
+    assert cli.parse(["--task", "MyTask", "--report", "a", "b"]).report == [Path("a"), Path("b")]
+
+
+def test_the_help_has_the_presets_own_defaults(capsys, monkeypatch):
+    """Those that a run would have with these flags: of the preset that is named, or of the one for this machine."""
+    monkeypatch.setattr(cli, "pick_device", lambda name: torch.device("cpu"))
+    for words, size, name in (([], 32, "cpu"), (["--preset", "paper"], 64, "paper"), (["--preset=cpu"], 32, "cpu")):
+        with pytest.raises(SystemExit):
+            run.main([*words, "--help"])
+        text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        assert f"in pixels (default: {size})" in text and f"those of the preset `{name}`" in text
 
 
 def test_only_switches_turn_true_into_a_bool():
@@ -182,6 +198,8 @@ def test_only_switches_turn_true_into_a_bool():
         ("--reports", "--report"),
         ("-seed", "--seed"),
         ("--no-wandb", "--wandb"),
+        ("--gamma", "--discount"),  # as other programs call it
+        ("--logdir=3", "--run_dir"),
     ],
 )
 def test_a_misspelt_flag_is_told_the_near_name(flag, near):
@@ -189,6 +207,9 @@ def test_a_misspelt_flag_is_told_the_near_name(flag, near):
     assert refusal([flag, "3"]) == f"unknown flag {flag.split('=')[0]}: did you mean {near}?"
     assert refusal(["--xyzzy", "3"]) == "unknown flag --xyzzy: see python run.py --help"
     assert refusal(["--batch_siz", "3"]).startswith("unknown flag --batch_siz: ")
+    for flag in ("--epochs", "--log", "--resume", "--name"):  # no field is near
+        assert refusal([flag, "3"]) == f"unknown flag {flag}: see python run.py --help"
+    assert set(cli.ELSEWHERE.values()) <= FIELDS.keys() and not cli.ELSEWHERE.keys() & FIELDS.keys()
 
 
 # ------------------------------------------------------------------------------------------ fields
@@ -318,6 +339,7 @@ def test_an_edited_constant_of_the_wrong_type_is_refused(change):
         ("--episode_steps 15 --action_repeat 2", ["episode_steps", "15", "multiple", "action_repeat 2"]),
         ("--eval a --report b", ["eval", "a", "--report"]),
         ("--report a --steps 5", ["steps", "5", "--report"]),
+        ("--report a --task Lift --steps 5", ["steps", "5", "--report"]),
         ("--discount abc", ["discount", "abc", "a number"]),
         ("--seed abc", ["seed", "abc", "a whole number"]),
         ("--preset large", ["preset", "large", "standard, cpu, debug, paper"]),
@@ -333,7 +355,12 @@ def test_an_edited_constant_of_the_wrong_type_is_refused(change):
         ("--report /no/such/run", ["/no/such/run"]),
         ("--eval", ["eval", "value"]),
         ("--report", ["--report", "run folder"]),
-        ("--batch_size", ["batch_size", "value"]),
+        ("--batch_size", ["batch_size", "value", "a whole number"]),
+        ("--save_replay", ["save_replay", "value", "true or false"]),
+        ("--wandb", ["wandb", "value", "auto, online, offline"]),
+        ("--seed 0 1", ["1 is one value too many"]),
+        ("--cameras agentview,,sideview", ["cameras 'agentview,,sideview' lack a name"]),
+        ("--grad_heads=", ["grad_heads '' is unknown", "decoder"]),
         ("stray", ["stray", "--help"]),
         ("--eval ~nobody_of_that_name/run", ["~nobody_of_that_name/run"]),
         ("--run_dir /proc/run", ["run_dir", "/proc/run"]),
@@ -461,8 +488,11 @@ def test_what_weights_or_episodes_depend_on_is_fixed(name, capsys):
 def test_a_checkpoint_that_lacks_a_fixed_constant_is_refused():
     """It is of another release, whose constant may have been another; any other constant may be missing."""
     saved = dataclasses.asdict(Config())
+    assert cli.check_same_run(Path("old"), saved | {"run_dir": "new", "old_scale": 2.0}, Config()) == [
+        "old_scale 2.0 -> gone"
+    ]
     del saved["model_lr"]
-    cli.check_same_run(Path("old"), saved, Config())
+    assert cli.check_same_run(Path("old"), saved, Config()) == [f"model_lr new -> {Config.model_lr}"]
     del saved["deter"]
     with pytest.raises(UserError, match="^the run in old is from another release, without deter: choose another"):
         cli.check_same_run(Path("old"), saved, Config())

@@ -125,7 +125,9 @@ def test_lines_appear_at_once_in_a_file(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
     text = log.read_text()
-    assert re.search(r"^step \d+: evaluation return \d+\.\d .* success \d+% of 1 episodes$", text, re.MULTILINE), text
+    assert re.search(
+        r"^step \d+ of 180: evaluation return \d+\.\d .* success \d+% of 1 episodes$", text, re.MULTILINE
+    ), text
     assert (
         text.index("preset debug") < text.index(": prefill") < text.index(": train") < text.index("evaluation return")
     )

@@ -206,7 +206,7 @@ def test_an_env_that_cannot_render_films_what_the_model_sees(tmp_path, monkeypat
             raise NotImplementedError
 
     assert train(tmp_path / "run", make_env=Unseen) == 0
-    assert "is not filmed" in capsys.readouterr().out
+    assert "evaluations are not filmed" in capsys.readouterr().out
     assert {path.name.split("_")[0] for path in (tmp_path / "run").glob("videos/*")} == {"openloop", "dream"}
     assert "eval/return_mean" in str(metrics(tmp_path / "run"))
 
@@ -750,6 +750,14 @@ def test_eval_of_a_file_that_is_no_policy_gets_one_line(content, tmp_path, capsy
         torch.save(torch.zeros(3), tmp_path / "policy.pt")
     assert run.main(["--eval", str(tmp_path)], FakeEnv) == 2
     assert "is no policy file" in capsys.readouterr().err
+
+
+def test_eval_of_a_run_without_an_evaluation_says_so(tmp_path, capsys):
+    """It has no policy yet; a file that is not there is named as it is."""
+    assert run.main(["--eval", str(tmp_path)], FakeEnv) == 2
+    assert f"error: {tmp_path} has no policy.pt yet: the first evaluation writes it" in capsys.readouterr().err
+    assert run.main(["--eval", str(tmp_path / "a.pt")], FakeEnv) == 2
+    assert f"error: policy {tmp_path / 'a.pt'} can't be read: No such file" in capsys.readouterr().err
 
 
 def test_a_policy_file_does_not_tell_where_it_was_learnt(tmp_path):

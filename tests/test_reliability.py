@@ -1152,7 +1152,8 @@ def test_an_env_that_is_broken_from_the_start_leaves_a_folder_that_starts(tmp_pa
     assert "their next episodes are drawn anew" in capsys.readouterr().out
 
 
-FRAMES = [None, 0.5, *(np.zeros(x, np.uint8) for x in ((64, 64), (0, 0, 3))), np.zeros((64, 64, 3)), "growing", "exit"]
+FRAMES = [None, 0.5, *(np.zeros(x, np.uint8) for x in ((64, 64), (0, 0, 3))), np.zeros((64, 64, 3))]
+FRAMES += ["growing", "exit", "none"]
 
 
 def test_an_env_that_can_not_close_is_let_go(tmp_path):
@@ -1171,6 +1172,8 @@ def test_a_frame_that_is_none_costs_the_video(frame, tmp_path, monkeypatch, caps
 
     class BadFrames(FakeEnv):
         def render(self):
+            if frame == "none":
+                raise NotImplementedError
             if isinstance(frame, str):
                 return np.zeros((64 + 16 * self.steps, 64, 3), np.uint8) if frame == "growing" else sys.exit(3)
             return frame
@@ -1178,7 +1181,9 @@ def test_a_frame_that_is_none_costs_the_video(frame, tmp_path, monkeypatch, caps
     films = []
     monkeypatch.setattr(run.Logger, "video", lambda logger, step, name, *_: films.append(name))
     assert faults.train(tmp_path / "run", "--steps 60 --prefill 20", BadFrames) == 0
-    assert capsys.readouterr().out.count("warning: the evaluation is not filmed: ") == 1
+    out = capsys.readouterr().out
+    assert out.count("warning: evaluations are not filmed: ") == 1
+    assert ("this environment has no render()" in out) == (isinstance(frame, str) and frame == "none")
     assert films == ["openloop", "dream"]
     assert (tmp_path / "run" / "policy.pt").exists()
 

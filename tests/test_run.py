@@ -222,8 +222,9 @@ def test_a_run_continues_from_its_newest_checkpoint(tmp_path, capsys):
     assert train(run_dir) == 0
     before = newest(run_dir)
     capsys.readouterr()
-    assert train(run_dir, "--steps 160") == 0
-    assert capsys.readouterr().out.startswith("resumed ")
+    assert train(run_dir, "--steps 160 --kl_scale 2") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("resumed ") and "changed since the checkpoint: kl_scale 1.0 -> 2.0\n" in out
     after = newest(run_dir)
     assert after["collector"]["step"] == after["step"] == 160 and after["collector"]["episode"] == 8
     assert after["agent"]["updates"] > before["agent"]["updates"]
@@ -237,8 +238,11 @@ def test_a_finished_run_says_so(tmp_path, capsys):
     assert train(tmp_path / "run") == 0
     files = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     capsys.readouterr()
-    assert train(tmp_path / "run") == 0
-    assert "finished" in capsys.readouterr().out
+    assert train(tmp_path / "run", "--kl_scale 2") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("finished") and out.count("\n") == 1  # what has changed has no effect
+    assert train(tmp_path / "run", "--deter 7") == 2
+    assert capsys.readouterr().out == ""  # refused before anything is said of a run that goes on
     assert files == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
 
 
