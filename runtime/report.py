@@ -1,6 +1,7 @@
 """report.html shows runs at a glance: curves, evaluations, pictures and constants, in one file that loads no other."""
 
 import base64
+import colorsys
 import io
 import json
 import time
@@ -131,7 +132,9 @@ def write_report(folders: Sequence[Path]) -> Path:
 
     Raises UserError if there is nothing to show or the file can't be written.
     """
-    runs = [_read_run(folder, COLORS[i % len(COLORS)]) for i, folder in enumerate(folders)]
+    many = len(folders) > len(COLORS)
+    colors = [_hue(i / len(folders)) for i in range(len(folders))] if many else COLORS
+    runs = [_read_run(folder, colors[i]) for i, folder in enumerate(folders)]
     names = [run.name for run in runs]
     for run in runs:
         if names.count(run.name) > 1:
@@ -144,6 +147,12 @@ def write_report(folders: Sequence[Path]) -> Path:
     except OSError as error:
         raise UserError(f"{path} can't be written: {error.strerror}") from error
     return path
+
+
+def _hue(share: float) -> str:
+    """The color that lies so far around the color wheel."""
+    red, green, blue = (round(255 * x) for x in colorsys.hls_to_rgb(share, 0.42, 0.65))
+    return f"#{red:02x}{green:02x}{blue:02x}"
 
 
 def _read_run(folder: Path, color: str) -> RunData:

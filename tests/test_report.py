@@ -120,6 +120,12 @@ def test_several_runs_share_their_plots(tmp_path):
     assert "<td>seed</td><td>0</td><td>1</td>" in page and "<td>task</td>" not in page
 
 
+def test_each_of_many_runs_has_a_color_of_its_own():
+    """Also where there are more of them than COLORS."""
+    hues = {report._hue(i / 20) for i in range(20)}
+    assert len(hues) == 20 and all(re.fullmatch("#[0-9a-f]{6}", hue) for hue in hues)
+
+
 @pytest.mark.parametrize("content", [None, "", '{"env_step": 1'])
 def test_a_folder_without_metrics_gets_one_line_and_exit_code_2(content, tmp_path, capsys):
     """A folder whose metrics are missing, empty or unreadable gets one line of error and no report."""

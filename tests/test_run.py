@@ -30,6 +30,12 @@ def train(run_dir: Path, flags: str = "", make_env=FakeEnv) -> int:
     return run.main([*TINY.split(), *flags.split(), "--run_dir", str(run_dir)], make_env)
 
 
+def page_script(words: str, page: str = "docs/own-task.md") -> str:
+    """The script of a page that has these words."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    return next(block for block in blocks if words in block)
+
+
 def metrics(run_dir: Path) -> list[dict]:
     """The lines of metrics.jsonl, read as a strict parser does: NaN and Infinity are no JSON."""
 
@@ -152,23 +158,51 @@ def test_policy_file_acts_in_ones_own_script(debug_run):
 
 def test_the_readmes_script_trains_a_task_of_ones_own(tmp_path):
     """Word for word, with environments in workers, which import it again."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (tmp_path / "mine.py").write_text(next(block for block in blocks if "import my_task" in block))
-    task = "from robosuite.environments.manipulation.lift import Lift\n\n\nclass MyTask(Lift):\n    pass\n"
-    (tmp_path / "my_task.py").write_text(task)
+    (tmp_path / "mine.py").write_text(page_script("import my_task", "README.md"))
+    (tmp_path / "my_task.py").write_text(page_script("class MyTask(Lift)"))
     command = [sys.executable, "mine.py", *TINY.split(), "--num_envs", "2", "--run_dir", "run"]
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "task MyTask" in done.stdout and "eval/return_mean" in metrics(tmp_path / "run")[-1]
     assert f"python mine.py --eval {tmp_path / 'run'}\n" in done.stdout  # run.py would not know the task
+    assert "robosuite" not in done.stdout + done.stderr  # its log
+
+
+def test_a_pages_environment_trains(tmp_path):
+    """Word for word, without the part that reads the command line."""
+    page = {"__name__": "page"}
+    exec(page_script("class Dot"), page)
+    words = [
+        *TINY.split(),
+        "--task",
+        "Dot",
+        "--cameras",
+        "dot",
+        "--action_repeat",
+        "1",
+        "--run_dir",
+        str(tmp_path / "run"),
+    ]
+    assert run.main(words, make_env=page["Dot"]) == 0
+
+
+def test_a_pages_script_sums_up_runs(tmp_path, monkeypatch, capsys):
+    """Median and range of three runs; of two evaluations near the same ten thousand, the later one counts."""
+    monkeypatch.chdir(tmp_path)
+    for seed, value in enumerate((3.0, 9.0, 1.0)):
+        folder = tmp_path / f"runs/Lift_cpu_{seed}"
+        folder.mkdir(parents=True)
+        lines = ({"env_step": 9_000, "eval/return_mean": 0.0}, {"env_step": 10_100, "eval/return_mean": value})
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"env_st')
+    exec(page_script("median", "docs/many-runs.md"), {})
+    assert capsys.readouterr().out == "10,000 steps: 3 (1 to 9) of 3 runs\n"
 
 
 def test_a_pages_script_draws_what_the_cameras_see(tmp_path, monkeypatch):
     """Word for word: three pictures of 32 pixels, eight times as large."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "own-task.md").read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    exec(next(block for block in blocks if "cameras.png" in block), {})
+    exec(page_script("cameras.png"), {})
     assert imageio.imread("cameras.png").shape == (256, 768, 3)
 
 
