@@ -29,12 +29,13 @@ class HeldActions:
 
     Noise that is drawn anew in every step averages out: it leaves the fingers half open, since only the sign of their
     command counts and they need 0.4 s, and it takes the hand nowhere. A `share` of the policy's episodes is disturbed,
-    less if the task is often solved. In these, the gripper is held at random times, and the hand goes straight on once,
-    from a random step of the episode's middle half: one of the first `moves` actions is at its bound while all
-    others but a gripper's are 0. Where that solves the task, the hand then rests for as many steps, with all of them 0:
-    if it went on, it would let go of the open door, and a policy that has never opened it would shut it. Nothing else
-    is held in an episode that is solved. The random actions before training have the gripper held all the time. When a
-    run goes on, only the state of `rng` has to come back.
+    less if the task is often solved. In a third of these, the gripper is held at random times. In the others, the hand
+    goes straight on once, from a random step of the episode's middle half: one of the first `moves` actions is at its
+    bound and all others are 0 but the gripper's, which stays the policy's, or the hand would drop what it carries.
+    Where that solves the task, the hand then rests, with all of them 0: if it went on, it would let go of the open
+    door, and a policy that has never opened it would shut it. Nothing else is held in an episode that is solved. The
+    random actions before training have the gripper held all the time. When a run goes on, only the state of `rng` has
+    to come back.
 
     Args:
         share: of the policy's episodes; with 0 nothing is held, before training either.
@@ -44,11 +45,12 @@ class HeldActions:
     """
 
     GRIPPER_START, GRIPPER_STEPS = 0.1, (4, 13)  # chance of a step to begin a hold, and its agent steps
-    MOVE_STEPS = 20  # Door opens if the hand goes straight on for about that long
+    MOVES = 2 / 3  # share of the disturbed episodes that have a move
+    MOVE_STEPS, REST_STEPS = 30, 20  # Door opens after about 20; a can has to be carried for longer
 
     def __init__(self, share: float, num_envs: int, rng: np.random.Generator, *, gripper: bool, moves: int, steps: int):
         self.share, self.rng, self.gripper, self.moves, self.steps = share, rng, gripper, moves, steps
-        self.disturbed = np.zeros(num_envs, bool)
+        self.disturbed, self.grips = np.zeros(num_envs, bool), np.zeros(num_envs, bool)  # the latter: of its gripper
         self.gripper_left, self.command = np.zeros(num_envs, int), np.zeros(num_envs)
         self.done, self.move_at, self.move_to = (np.zeros(num_envs, int) for _ in range(3))  # steps of an episode
         self.axis, self.side = np.zeros(num_envs, int), np.zeros(num_envs, int)
@@ -59,7 +61,9 @@ class HeldActions:
             return
         self.disturbed[env] = self.rng.random() < self.share * (1 - solved)
         self.gripper_left[env] = self.done[env] = self.move_to[env] = 0
-        if self.disturbed[env] and self.moves:
+        moves = self.disturbed[env] and self.moves and (not self.gripper or self.rng.random() < self.MOVES)
+        self.grips[env] = self.disturbed[env] and not moves
+        if moves:
             self.move_at[env] = self.rng.integers(self.steps // 4, 3 * self.steps // 4, endpoint=True)
             self.move_to[env] = self.move_at[env] + self.MOVE_STEPS
             self.axis[env], self.side[env] = self.rng.integers(self.moves), self.rng.choice((-1, 1))
@@ -68,8 +72,8 @@ class HeldActions:
         """The episode of environment `env` has solved its task: a move ends in a rest, and then the policy is alone."""
         if self.disturbed[env]:
             moved = self.move_at[env] < self.done[env] <= self.move_to[env]
-            self.move_to[env] = self.done[env] + self.MOVE_STEPS if moved else 0
-            self.disturbed[env] = False
+            self.move_to[env] = self.done[env] + self.REST_STEPS if moved else 0
+            self.disturbed[env] = self.grips[env] = False
             self.side[env] = self.gripper_left[env] = 0
 
     def __call__(self, action: np.ndarray, is_random: bool) -> np.ndarray:
@@ -89,7 +93,7 @@ class HeldActions:
 
     def _hold_gripper(self, i: int, action: np.ndarray, is_random: bool) -> None:
         free = self.gripper_left[i] == 0
-        if free and (is_random or (self.disturbed[i] and self.rng.random() < self.GRIPPER_START)):
+        if free and (is_random or (self.grips[i] and self.rng.random() < self.GRIPPER_START)):
             self.gripper_left[i] = self.rng.integers(*self.GRIPPER_STEPS, endpoint=True)
             self.command[i] = self.rng.choice((-1.0, 1.0))
         if self.gripper_left[i]:
