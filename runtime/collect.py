@@ -30,15 +30,15 @@ class HeldActions:
     Noise that is drawn anew in every step averages out: it leaves the fingers half open, since only the sign of their
     command counts and they need 0.4 s, and it takes the hand nowhere. A `share` of the policy's episodes is disturbed,
     less if the task is often solved. In a third of these, the gripper is held at random times. In the others, the hand
-    goes straight on once, from a random step of the episode's middle half: one of the first `moves` actions is at its
-    bound and all others are 0 but the gripper's, which stays the policy's, or the hand would drop what it carries.
-    Where that solves the task, the hand then rests, with all of them 0: if it went on, it would let go of the open
-    door, and a policy that has never opened it would shut it. Nothing else is held in an episode that is solved. The
-    random actions before training have the gripper held all the time. When a run goes on, only the state of `rng` has
-    to come back.
+    goes straight on once, from a random step of the third quarter of the episode, when the policy has come to where it
+    can: one of the first `moves` actions is at its bound and all others are 0 but the gripper's, which stays the
+    policy's, or the hand would drop what it carries. Where that solves the task, the hand then rests, with all of them
+    0: if it went on, it would let go of the open door, and a policy that has never opened it would shut it. Nothing
+    else is held in an episode that is solved. The random actions before training have the gripper held all the time.
+    When a run goes on, only the state of `rng` has to come back.
 
     Args:
-        share: of the policy's episodes; with 0 nothing is held, before training either.
+        share: of the policy's episodes in this environment; with 0 nothing is held, before training either.
         gripper: whether the last action is a gripper's.
         moves: how many of the first actions move the hand.
         steps: agent steps in an episode.
@@ -48,57 +48,56 @@ class HeldActions:
     MOVES = 2 / 3  # share of the disturbed episodes that have a move
     MOVE_STEPS, REST_STEPS = 30, 20  # Door opens after about 20; a can has to be carried for longer
 
-    def __init__(self, share: float, num_envs: int, rng: np.random.Generator, *, gripper: bool, moves: int, steps: int):
+    def __init__(self, share: float, rng: np.random.Generator, *, gripper: bool, moves: int, steps: int):
         self.share, self.rng, self.gripper, self.moves, self.steps = share, rng, gripper, moves, steps
-        self.disturbed, self.grips = np.zeros(num_envs, bool), np.zeros(num_envs, bool)  # the latter: of its gripper
-        self.gripper_left, self.command = np.zeros(num_envs, int), np.zeros(num_envs)
-        self.done, self.move_at, self.move_to = (np.zeros(num_envs, int) for _ in range(3))  # steps of an episode
-        self.axis, self.side = np.zeros(num_envs, int), np.zeros(num_envs, int)
+        self.disturbed = self.grips = False  # the present episode; in that its gripper is held
+        self.gripper_left, self.command = 0, 0.0
+        self.done = self.move_at = self.move_to = 0  # steps of the episode
+        self.axis = self.side = 0
 
-    def begin(self, env: int, solved: float = 0.0) -> None:
-        """An episode of environment `env` begins; `solved` is the share of the last ones that succeeded."""
+    def begin(self, solved: float = 0.0) -> None:
+        """An episode begins; `solved` is the share of the last ones that succeeded."""
         if not self.share:
             return
-        self.disturbed[env] = self.rng.random() < self.share * (1 - solved)
-        self.gripper_left[env] = self.done[env] = self.move_to[env] = 0
-        moves = self.disturbed[env] and self.moves and (not self.gripper or self.rng.random() < self.MOVES)
-        self.grips[env] = self.disturbed[env] and not moves
+        self.disturbed = self.rng.random() < self.share * (1 - solved)
+        self.gripper_left = self.done = self.move_to = 0
+        moves = self.disturbed and self.moves > 0 and (not self.gripper or self.rng.random() < self.MOVES)
+        self.grips = self.disturbed and not moves
         if moves:
-            self.move_at[env] = self.rng.integers(self.steps // 4, 3 * self.steps // 4, endpoint=True)
-            self.move_to[env] = self.move_at[env] + self.MOVE_STEPS
-            self.axis[env], self.side[env] = self.rng.integers(self.moves), self.rng.choice((-1, 1))
+            self.move_at = self.rng.integers(self.steps // 2, 3 * self.steps // 4, endpoint=True)
+            self.move_to = self.move_at + self.MOVE_STEPS
+            self.axis, self.side = self.rng.integers(self.moves), self.rng.choice((-1, 1))
 
-    def end(self, env: int) -> None:
-        """The episode of environment `env` has solved its task: a move ends in a rest, and then the policy is alone."""
-        if self.disturbed[env]:
-            moved = self.move_at[env] < self.done[env] <= self.move_to[env]
-            self.move_to[env] = self.done[env] + self.REST_STEPS if moved else 0
-            self.disturbed[env] = self.grips[env] = False
-            self.side[env] = self.gripper_left[env] = 0
+    def end(self) -> None:
+        """The episode has solved its task: a move ends in a rest, and then the policy is alone."""
+        if self.disturbed:
+            was_moving = self.move_at < self.done <= self.move_to
+            self.move_to = self.done + self.REST_STEPS if was_moving else 0
+            self.disturbed = self.grips = False
+            self.side = self.gripper_left = 0
 
     def __call__(self, action: np.ndarray, is_random: bool) -> np.ndarray:
-        """Actions (num_envs, A) with the held commands in place of their own."""
+        """An action (A,) with the held commands in place of its own."""
         if not self.share:
             return action
         action = action.copy()
-        for i in range(len(action)):
-            if self.gripper:
-                self._hold_gripper(i, action[i], is_random)
-            if self.move_at[i] <= self.done[i] < self.move_to[i] and not is_random:
-                arm = action[i, : -1 if self.gripper else None]
-                arm[:] = 0
-                arm[self.axis[i]] = self.side[i]
+        if self.gripper:
+            self._hold_gripper(action, is_random)
+        if self.move_at <= self.done < self.move_to and not is_random:
+            arm = action[: -1 if self.gripper else None]
+            arm[:] = 0
+            arm[self.axis] = self.side
         self.done += 1
         return action
 
-    def _hold_gripper(self, i: int, action: np.ndarray, is_random: bool) -> None:
-        free = self.gripper_left[i] == 0
-        if free and (is_random or (self.grips[i] and self.rng.random() < self.GRIPPER_START)):
-            self.gripper_left[i] = self.rng.integers(*self.GRIPPER_STEPS, endpoint=True)
-            self.command[i] = self.rng.choice((-1.0, 1.0))
-        if self.gripper_left[i]:
-            self.gripper_left[i] -= 1
-            action[-1] = self.command[i]
+    def _hold_gripper(self, action: np.ndarray, is_random: bool) -> None:
+        free = self.gripper_left == 0
+        if free and (is_random or (self.grips and self.rng.random() < self.GRIPPER_START)):
+            self.gripper_left = self.rng.integers(*self.GRIPPER_STEPS, endpoint=True)
+            self.command = self.rng.choice((-1.0, 1.0))
+        if self.gripper_left:
+            self.gripper_left -= 1
+            action[-1] = self.command
 
 
 @dataclasses.dataclass
@@ -182,8 +181,10 @@ class Collector:
         gripper, moves = bool(envs.metadata.get("gripper")), envs.metadata.get("moves", 0)
         share = config.held_actions if gripper or moves else 0.0
         steps = config.episode_steps // config.action_repeat
-        self.held_actions = HeldActions(share, config.num_envs, self.rng, gripper=gripper, moves=moves, steps=steps)
         self.resets = np.ones(config.num_envs, bool)
+        self.held_actions = [
+            HeldActions(share, self.rng, gripper=gripper, moves=moves, steps=steps) for _ in self.resets
+        ]
         self.stats = [EpisodeStats(config.action_repeat) for _ in self.resets]
         self.failed = np.zeros(config.num_envs, bool)  # in the present episode
         self.recent: deque[bool] = deque(maxlen=max(RECENT, 4 * config.num_envs))  # whether the last episodes failed
@@ -224,7 +225,7 @@ class Collector:
             self.replay.add(Transition(self.image[i], self.action[i], reward[i], False, terminated[i]), i)
             self.stats[i].add(float(reward[i]), bool(success[i]))
             if success[i]:
-                self.held_actions.end(i)
+                self.held_actions[i].end()
         if terminated.any() and not self.config.discount_head:
             why = "the task ends episodes itself, but the model learns that only in a new run with --discount_head true"
             warn_once("ends", why)
@@ -301,24 +302,28 @@ class Collector:
         chance = c.greedy_episodes * self.solved if self.agent.updates else 0.0
         self.greedy[env] = chance > 0 and self.rng.random() < chance
         self.limit[env] = (c.eval_steps if self.greedy[env] else 0) or c.episode_steps
-        self.held_actions.begin(env, 1.0 if self.greedy[env] else self.solved)
+        self.held_actions[env].begin(1.0 if self.greedy[env] else self.solved)
 
     def _choose_actions(self) -> None:
         """Random actions until the first update, then the policy's: (num_envs, A)."""
         if self.agent.updates == 0:
             action = np.stack([self.envs.single_action_space.sample() for _ in self.resets])
-            self.action = self.held_actions(action, is_random=True)
+            self.action = self._hold(action, is_random=True)
             return
         # The policy takes over from random actions, or from nothing after a resume.
         is_first = np.ones_like(self.resets) if self.act_state is None else self.resets
         device = self.agent.device
         images, first, greedy = (moved(torch.as_tensor(x), device) for x in (self.image, is_first, self.greedy))
         wanted, state = self.agent.act(images, self.act_state, first, deterministic=greedy)
-        self.action = self.held_actions(wanted.float().cpu().numpy(), is_random=False)
+        self.action = self._hold(wanted.float().cpu().numpy(), is_random=False)
         if not np.isfinite(self.action).all():
             check_finite(self.agent, self.step)
         # Store the executed action, so that the policy's state matches the replay.
         self.act_state = state._replace(action=moved(torch.as_tensor(self.action, dtype=torch.float32), device))
+
+    def _hold(self, action: np.ndarray, is_random: bool) -> np.ndarray:
+        """Actions (num_envs, A) with the held commands in place of their own."""
+        return np.stack([hold(x, is_random) for hold, x in zip(self.held_actions, action, strict=True)])
 
     def _tell_faults(self, info: dict[str, Any]) -> np.ndarray:
         """Say which environments were built anew; (num_envs,) bool."""

@@ -15,83 +15,82 @@ def runs(values: np.ndarray) -> np.ndarray:
 def test_random_actions_hold_the_gripper():
     """Random actions get the gripper's command in runs of one sign, 4 - 13 steps or multiples; the rest is theirs."""
     rng = np.random.default_rng(0)
-    hold = HeldActions(0.3, 1, rng, gripper=True, moves=3, steps=100)
-    hold.begin(0)
-    actions = rng.uniform(-1, 1, (5000, 1, 4))
+    hold = HeldActions(0.3, rng, gripper=True, moves=3, steps=100)
+    hold.begin()
+    actions = rng.uniform(-1, 1, (5000, 4))
     held = np.array([hold(action, True) for action in actions])
-    assert np.array_equal(held[..., :-1], actions[..., :-1])
-    gripper = held[:, 0, -1]
-    assert set(gripper) == {-1.0, 1.0}
-    lengths = runs(gripper)
+    assert np.array_equal(held[:, :-1], actions[:, :-1])
+    assert set(held[:, -1]) == {-1.0, 1.0}
+    lengths = runs(held[:, -1])
     assert lengths.min() >= 4 and 10 < lengths.mean() < 25
 
 
 def test_held_actions_disturb_their_share_of_the_policys_episodes():
     """A third of the share has the gripper held now and then, the rest has a move; other episodes have neither."""
-    rng, actions = np.random.default_rng(0), np.zeros((100, 2, 4))
-    hold, disturbed = HeldActions(0.45, 2, rng, gripper=True, moves=3, steps=100), []
+    rng, actions = np.random.default_rng(0), np.zeros((100, 4))
+    hold, episodes = HeldActions(0.45, rng, gripper=True, moves=3, steps=100), []
+    assert not any(hold(action, False).any() for action in actions)  # no episode has begun
     for _ in range(400):
-        hold.begin(0)
-        disturbed.append(np.array([hold(action, False) for action in actions]))
-    assert not np.array(disturbed)[:, :, 1].any()  # an environment that began no episode
-    held = np.array(disturbed)[:, :, 0] != 0
-    grips, moves = held[..., -1].mean(1), held[..., :-1].any(-1).any(1)  # the first as a share of the episode's steps
+        hold.begin()
+        episodes.append([hold(action, False) for action in actions])
+    held = np.array(episodes) != 0
+    grips, moves = held[..., -1].mean(1), held[..., :-1].any((1, 2))  # the first as a share of the episode's steps
     assert 0.1 < (grips > 0).mean() < 0.2 and 0.24 < moves.mean() < 0.36
     assert not (grips > 0)[moves].any()
     assert 0.3 < grips[grips > 0].mean() < 0.6
     before = rng.bit_generator.state
-    none = HeldActions(0.0, 2, rng, gripper=True, moves=3, steps=100)
-    none.begin(0)
+    none = HeldActions(0.0, rng, gripper=True, moves=3, steps=100)
+    none.begin()
     assert not none(actions[0], True).any() and rng.bit_generator.state == before
 
 
 def test_a_move_is_straight():
-    """For 30 steps from the middle half on, one of the first `moves` actions is at a bound, the arm's others 0."""
+    """For 30 steps from the third quarter on, one of the first `moves` actions is at a bound, the arm's others 0."""
     rng = np.random.default_rng(0)
-    hold = HeldActions(1.0, 1, rng, gripper=True, moves=3, steps=100)
-    actions, begun, directions = rng.uniform(-0.9, 0.9, (100, 1, 7)), set(), Counter()
+    hold = HeldActions(1.0, rng, gripper=True, moves=3, steps=100)
+    actions, begun, directions = rng.uniform(-0.9, 0.9, (100, 7)), set(), Counter()
     for _ in range(600):
-        hold.begin(0)
-        held = np.array([hold(action, False) for action in actions])[:, 0, :6]
-        moved = np.flatnonzero((held != actions[:, 0, :6]).any(1))
+        hold.begin()
+        held = np.array([hold(action, False) for action in actions])[:, :6]
+        moved = np.flatnonzero((held != actions[:, :6]).any(1))
         if not len(moved):
             continue
         assert moved.tolist() == list(range(moved[0], min(moved[0] + 30, 100)))
         assert (held[moved] == held[moved[0]]).all()
         begun.add(moved[0])
         directions[tuple(held[moved[0]].tolist())] += 1
-    assert (min(begun), max(begun)) == (25, 75)
+    assert (min(begun), max(begun)) == (50, 75)
     assert directions.keys() == {tuple(side * row) for row in np.eye(6)[:3] for side in (1.0, -1.0)}
     assert min(directions.values()) > 40  # of 400 / 6 each
-    hold.begin(0)
-    assert not any((hold(action, True)[0, :6] == 0).any() for action in actions)  # none before training
+    hold.begin()
+    assert not any((hold(action, True)[:6] == 0).any() for action in actions)  # none before training
 
 
 def test_after_a_success_the_hand_rests_and_then_nothing_is_held():
-    """It rests where a move has solved the task, for 20 steps; in other environments the hold goes on."""
-    rng, actions = np.random.default_rng(0), np.full((3, 4), 0.5)
-    hold = HeldActions(1.0, 3, rng, gripper=True, moves=3, steps=100)
-    for i in range(3):
-        hold.begin(i)
-    hold.move_at[:], hold.move_to[:], hold.side[:], hold.grips[:] = (30, 30, 60), (60, 60, 90), 1, True
-    moved = [hold(actions, False) for _ in range(35)][-1]
-    assert (moved[:2, :3] != 0.5).all() and (np.abs(moved[:2, :3]).sum(1) == 1).all() and (moved[2, :3] == 0.5).all()
-    hold.end(0), hold.end(2)
-    held = np.array([[hold(actions, False), hold.end(0)][0] for _ in range(100)])
+    """It rests for 20 steps where a move has solved the task; without a success, all goes on."""
+    action, rng = np.full(4, 0.5), np.random.default_rng(0)
+    solving, going_on, waiting = holds = [HeldActions(1.0, rng, gripper=True, moves=3, steps=100) for _ in range(3)]
+    for hold, start in zip(holds, (30, 30, 60), strict=True):
+        hold.begin()
+        hold.move_at, hold.move_to, hold.side, hold.grips = start, start + 30, 1, True
+    moved = np.array([[hold(action, False) for hold in holds] for _ in range(35)])[-1, :, :3]
+    assert (moved[:2] != 0.5).all() and (moved[:2].sum(1) == 1).all() and (moved[2] == 0.5).all()
+    solving.end(), waiting.end()
+    held = np.array([[[hold(action, False) for hold in holds], solving.end()][0] for _ in range(100)])
     assert (held[:20, 0, :3] == 0).all() and (held[20:, 0, :3] == 0.5).all() and (held[:, 0, 3] == 0.5).all()
     assert (held[:, 2] == 0.5).all()
     assert (held[:25, 1, :3] == held[0, 1, :3]).all() and (held[25:, 1, :3] == 0.5).all()
-    assert (held[:, 1, 3] != 0.5).any()
+    assert (held[:, 1, 3] != 0.5).any() and going_on.disturbed
 
 
 def test_without_a_gripper_all_actions_may_be_moves():
     """The last action is held at 0 with the others, or moves itself; nothing is held where there are no moves."""
-    rng, actions, seen = np.random.default_rng(0), np.full((100, 1, 2), 0.5), set()
-    hold = HeldActions(1.0, 1, rng, gripper=False, moves=2, steps=100)
+    rng, actions, seen = np.random.default_rng(0), np.full((100, 2), 0.5), set()
+    hold = HeldActions(1.0, rng, gripper=False, moves=2, steps=100)
     for _ in range(50):
-        hold.begin(0)
-        seen |= {tuple(hold(action, False)[0].tolist()) for action in actions}
+        hold.begin()
+        seen |= {tuple(hold(action, False).tolist()) for action in actions}
     assert seen == {(0.5, 0.5), (1.0, 0.0), (-1.0, 0.0), (0.0, 1.0), (0.0, -1.0)}
-    still = HeldActions(1.0, 1, rng, gripper=False, moves=0, steps=100)
-    still.begin(0)
+    still = HeldActions(1.0, rng, gripper=False, moves=0, steps=100)
+    still.begin()
     assert all(np.array_equal(still(action, False), action) for action in actions)

@@ -210,12 +210,12 @@ def test_the_more_often_the_task_is_solved_the_less_is_explored():
     assert collector.solved == 0
     for i in range(2):
         collector._explore(i)
-    assert not collector.greedy.any() and collector.held_actions.disturbed.all()
+    assert not collector.greedy.any() and all(hold.disturbed for hold in collector.held_actions)
     begun = []
     for _ in range(400):
         collector.successes.extend([1.0] * 10)
         collector._explore(0)
-        begun.append((collector.greedy[0], collector.held_actions.disturbed[0]))
+        begun.append((collector.greedy[0], collector.held_actions[0].disturbed))
     greedy, disturbed = np.mean(begun, 0)
     assert 0.4 < greedy < 0.6 and disturbed == 0
     collector.act()
@@ -229,7 +229,7 @@ def test_greedy_episodes_are_as_those_of_evaluations():
     collector.successes.extend([0.0, 1.0] * 5)
     for _ in range(200):
         collector._explore(0)
-        begun.append((bool(collector.greedy[0]), bool(collector.held_actions.disturbed[0]), collector.limit[0]))
+        begun.append((bool(collector.greedy[0]), bool(collector.held_actions[0].disturbed), collector.limit[0]))
     assert set(begun) == {(True, False, 30), (False, True, 10), (False, False, 10)}
     assert training_options(collector.config)["episode_steps"] == 30
     assert training_options(tiny_config(**OPTIONS, greedy_episodes=0.0, eval_steps=30))["episode_steps"] == 10
@@ -254,7 +254,8 @@ def test_one_success_is_not_a_solved_task():
 def test_holds_end_in_the_episode_that_has_succeeded():
     """Its first success ends them in its environment, and in no environment without one."""
     collector, ended, first = collector_of([[], []], Policy(updates=5), held_actions=1.0), [], 0
-    collector.held_actions.end = ended.append
+    for i, hold in enumerate(collector.held_actions):
+        hold.end = functools.partial(ended.append, i)
     for _ in range(60):
         ended.clear()
         collector.act(), collector.observe()
