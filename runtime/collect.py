@@ -5,7 +5,7 @@ import dataclasses
 import json
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from gymnasium.vector import AsyncVectorEnv
 from buffer import ReplayBuffer, Transition, moved
 from runtime.checkpoint import check_finite
 from runtime.console import StopSignals, warn, warn_once
-from runtime.envs import BrokenEnv, EnvFailure, Envs, dead_workers, faults
+from runtime.envs import BrokenEnv, EnvFailure, Envs, dead_workers, faults, own_seed
 from runtime.logger import Stopwatch
 from train import ActState, Config, Dreamer
 
@@ -176,7 +176,7 @@ class Collector:
         self.watch, self.stop = watch, stop
         self.step = 0  # control steps so far
         self.episode = 0  # finished episodes
-        envs.single_action_space.seed(config.seed)
+        envs.single_action_space.seed(own_seed(config.seed, 0, 1))  # environment 0 has the run's own seed
         self.rng = envs.single_action_space.np_random
         gripper, moves = bool(envs.metadata.get("gripper")), envs.metadata.get("moves", 0)
         share = config.held_actions if gripper or moves else 0.0
@@ -308,22 +308,18 @@ class Collector:
         """Random actions until the first update, then the policy's: (num_envs, A)."""
         if self.agent.updates == 0:
             action = np.stack([self.envs.single_action_space.sample() for _ in self.resets])
-            self.action = self._hold(action, is_random=True)
+            self.action = _held(self.held_actions, action, is_random=True)
             return
         # The policy takes over from random actions, or from nothing after a resume.
         is_first = np.ones_like(self.resets) if self.act_state is None else self.resets
         device = self.agent.device
         images, first, greedy = (moved(torch.as_tensor(x), device) for x in (self.image, is_first, self.greedy))
         wanted, state = self.agent.act(images, self.act_state, first, deterministic=greedy)
-        self.action = self._hold(wanted.float().cpu().numpy(), is_random=False)
+        self.action = _held(self.held_actions, wanted.float().cpu().numpy(), is_random=False)
         if not np.isfinite(self.action).all():
             check_finite(self.agent, self.step)
         # Store the executed action, so that the policy's state matches the replay.
         self.act_state = state._replace(action=moved(torch.as_tensor(self.action, dtype=torch.float32), device))
-
-    def _hold(self, action: np.ndarray, is_random: bool) -> np.ndarray:
-        """Actions (num_envs, A) with the held commands in place of their own."""
-        return np.stack([hold(x, is_random) for hold, x in zip(self.held_actions, action, strict=True)])
 
     def _tell_faults(self, info: dict[str, Any]) -> np.ndarray:
         """Say which environments were built anew; (num_envs,) bool."""
@@ -342,6 +338,11 @@ class Collector:
         except BrokenEnv as error:
             self.stop.check()  # the signal that ends the run may have ended a worker first
             raise EnvFailure(str(error)) from error
+
+
+def _held(holds: Sequence[HeldActions], action: np.ndarray, is_random: bool) -> np.ndarray:
+    """Actions (num_envs, A) with the held commands in place of their own."""
+    return np.stack([hold(x, is_random) for hold, x in zip(holds, action, strict=True)])
 
 
 def _generator(state: dict[str, Any], restarts: int) -> np.random.Generator:

@@ -18,6 +18,7 @@ import fast
 from buffer import Batch, ReplayBuffer
 from networks import Draws
 from runtime.console import Failure, UserError
+from runtime.envs import own_seed
 from train import Config, Dreamer
 
 CHECKED = ("mps",)  # devices whose gradients are compared with the CPU's before the first update
@@ -72,8 +73,9 @@ def make_replay(
     if device.type == "cuda" and nbytes <= torch.cuda.mem_get_info(device)[0] / 2:
         where = device
     try:
+        seed = own_seed(config.seed, 0, 2)
         return ReplayBuffer(
-            config.capacity, config.num_envs, image_shape, action_size, config.seed, config.replay_focus, where
+            config.capacity, config.num_envs, image_shape, action_size, seed, config.replay_focus, where
         )
     except RuntimeError as error:  # torch's, if the system refuses that much
         raise UserError(f"capacity {config.capacity} needs {nbytes / 1e9:,.0f} GB, which can't be had") from error

@@ -250,8 +250,12 @@ def make_envs(options: dict[str, Any], num_envs: int, seed: int, make_env: MakeE
 
 def env_seeds(seed: int, num_envs: int) -> list[int]:
     """Of the environments of a run: its own, and others that follow from it, none of which a neighboring run has."""
-    others = [np.random.SeedSequence([seed, i]).generate_state(1)[0] for i in range(1, num_envs)]
-    return [seed, *(int(x) >> 1 for x in others)]  # some environments take 31 bits
+    return [seed, *(own_seed(seed, i) for i in range(1, num_envs))]
+
+
+def own_seed(seed: int, *user: int) -> int:
+    """A seed that follows from the run's, for a generator whose draws are to be no other's of the run."""
+    return int(np.random.SeedSequence([seed, *user]).generate_state(1)[0]) >> 1  # some environments take 31 bits
 
 
 @contextlib.contextmanager

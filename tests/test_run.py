@@ -20,7 +20,7 @@ from tqdm import tqdm
 import run
 from fake_env import FakeEnv
 from faults import TINY, newest
-from runtime import checkpoint, console, evaluate, logger
+from runtime import checkpoint, cli, console, evaluate, logger
 from train import Config, Dreamer
 
 ROOT = Path(__file__).parent.parent
@@ -291,6 +291,20 @@ def test_restore_gives_back_all_that_was_saved(tmp_path):
         parts = run.build(config, {}, FakeEnv, torch.device("cpu"), folder, folder.newest(), stack)
         parts.checkpointer.hold(state["step"], state["best_step"], last=True)
         assert parts.checkpointer.held is not state and same(state, parts.checkpointer.held)
+
+
+def test_no_two_generators_of_a_run_draw_the_same(tmp_path):
+    """Environments, random actions and the replay begin with draws of their own."""
+    with contextlib.ExitStack() as stack:
+        folder = checkpoint.RunFolder(tmp_path / "run")
+        stack.callback(folder.release)
+        config = cli.parse([*TINY.split(), "--num_envs", "2", "--seed", "3"]).config
+        parts = run.build(config, {}, FakeEnv, torch.device("cpu"), folder, None, stack)
+        workers = parts.collector.envs.get_attr("np_random")
+        states = [
+            rng.bit_generator.state["state"]["state"] for rng in (*workers, parts.collector.rng, parts.replay.rng)
+        ]
+    assert len(set(states)) == 4
 
 
 def test_observing_changes_nothing(tmp_path, monkeypatch):
