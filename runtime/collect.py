@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import statistics
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -30,12 +31,13 @@ class HeldActions:
     Noise that is drawn anew in every step averages out: it leaves the fingers half open, since only the sign of their
     command counts and they need 0.4 s, and it takes the hand nowhere. A `share` of the policy's episodes is disturbed,
     less if the task is often solved. In a third of these, the gripper is held at random times. In the others, the hand
-    goes straight on once, from a random step of the third quarter of the episode, when the policy has come to where it
-    can: one of the first `moves` actions is at its bound and all others are 0 but the gripper's, which stays the
-    policy's, or the hand would drop what it carries. Where that solves the task, the hand then rests, with all of them
-    0: if it went on, it would let go of the open door, and a policy that has never opened it would shut it. Nothing
-    else is held in an episode that is solved. The random actions before training have the gripper held all the time.
-    When a run goes on, only the state of `rng` has to come back.
+    goes straight on once: one of the first `moves` actions is at its bound and all others are 0 but the gripper's,
+    which stays the policy's, or the hand would drop what it carries. That begins where the policy has come about as far
+    as it can (as in Go-Explore, Ecoffet et al. 2021, arXiv 2004.12919): after a random step of the episode's middle
+    half, once the reward is near the largest that half of the last episodes have reached. Where it solves the task, the
+    hand then rests, with all of them 0: if it went on, it would let go of the open door, and a policy that has never
+    opened it would shut it. Nothing else is held in an episode that is solved. The random actions before training have
+    the gripper held all the time. When a run goes on, only the state of `rng` has to come back.
 
     Args:
         share: of the policy's episodes in this environment; with 0 nothing is held, before training either.
@@ -46,34 +48,46 @@ class HeldActions:
 
     GRIPPER_START, GRIPPER_STEPS = 0.1, (4, 13)  # chance of a step to begin a hold, and its agent steps
     MOVES = 2 / 3  # share of the disturbed episodes that have a move
+    NEAR = 0.7  # of that reward
     MOVE_STEPS, REST_STEPS = 30, 20  # Door opens after about 20; a can has to be carried for longer
 
     def __init__(self, share: float, rng: np.random.Generator, *, gripper: bool, moves: int, steps: int):
         self.share, self.rng, self.gripper, self.moves, self.steps = share, rng, gripper, moves, steps
         self.disturbed = self.grips = False  # the present episode; in that its gripper is held
         self.gripper_left, self.command = 0, 0.0
-        self.done = self.move_at = self.move_to = 0  # steps of the episode
+        self.done = self.earliest = self.move_at = self.move_to = 0  # steps of the episode
+        self.waits, self.level = False, 0.0  # for this reward of a control step, to move
         self.axis = self.side = 0
 
-    def begin(self, solved: float = 0.0) -> None:
-        """An episode begins; `solved` is the share of the last ones that succeeded."""
+    def begin(self, solved: float = 0.0, level: float = -math.inf) -> None:
+        """An episode begins.
+
+        `solved` is the share of the last ones that succeeded, `level` the largest reward of a control step that half of
+        them have reached.
+        """
         if not self.share:
             return
         self.disturbed = self.rng.random() < self.share * (1 - solved)
         self.gripper_left = self.done = self.move_to = 0
         moves = self.disturbed and self.moves > 0 and (not self.gripper or self.rng.random() < self.MOVES)
         self.grips = self.disturbed and not moves
+        self.waits = moves
         if moves:
-            self.move_at = self.rng.integers(self.steps // 2, 3 * self.steps // 4, endpoint=True)
-            self.move_to = self.move_at + self.MOVE_STEPS
+            self.earliest = self.rng.integers(self.steps // 4, 3 * self.steps // 4, endpoint=True)
+            self.level = level - (1 - self.NEAR) * abs(level)
             self.axis, self.side = self.rng.integers(self.moves), self.rng.choice((-1, 1))
+
+    def see(self, reward: float) -> None:
+        """The reward of a control step after the last action: a move begins if it is due and this is near the best."""
+        if self.waits and self.done >= self.earliest and reward >= self.level:
+            self.waits, self.move_at, self.move_to = False, self.done, self.done + self.MOVE_STEPS
 
     def end(self) -> None:
         """The episode has solved its task: a move ends in a rest, and then the policy is alone."""
         if self.disturbed:
             was_moving = self.move_at < self.done <= self.move_to
             self.move_to = self.done + self.REST_STEPS if was_moving else 0
-            self.disturbed = self.grips = False
+            self.disturbed = self.grips = self.waits = False
             self.side = self.gripper_left = 0
 
     def __call__(self, action: np.ndarray, is_random: bool) -> np.ndarray:
@@ -190,6 +204,7 @@ class Collector:
         self.recent: deque[bool] = deque(maxlen=max(RECENT, 4 * config.num_envs))  # whether the last episodes failed
         self.last_fault = ""
         self.successes: deque[float] = deque(maxlen=LAST)
+        self.levels: deque[float] = deque(maxlen=LAST)  # the largest rewards of a control step in these
         self.greedy = np.zeros(config.num_envs, bool)  # whether the present episode has deterministic actions
         self.limit = np.full(config.num_envs, config.episode_steps)  # control steps after which it ends
         self.last_return = 0.0
@@ -224,15 +239,10 @@ class Collector:
         for i in np.flatnonzero(~failed):
             self.replay.add(Transition(self.image[i], self.action[i], reward[i], False, terminated[i]), i)
             self.stats[i].add(float(reward[i]), bool(success[i]))
+            self.held_actions[i].see(float(reward[i]) / self.config.action_repeat)
             if success[i]:
                 self.held_actions[i].end()
-        if terminated.any() and not self.config.discount_head:
-            why = "the task ends episodes itself, but the model learns that only in a new run with --discount_head true"
-            warn_once("ends", why)
-        largest = np.abs(reward[~failed]).max(initial=0.0) / self.config.action_repeat
-        if largest > LARGE_REWARD and not self.config.reward_norm and self.config.reward_transform != "tanh":
-            why = "the presets are made for at most 1, and --reward_norm true --reward_scale 10 divides them"
-            warn_once("rewards", f"a control step has a reward of {largest:g}: {why}")
+        _warn_of_task(self.config, reward[~failed], terminated)
         self.step += self.config.num_envs * self.config.action_repeat
         self.failed |= failed
         lengths = np.array([stats.length for stats in self.stats])
@@ -247,6 +257,7 @@ class Collector:
             ended.append(self.stats[i].metrics())
             self.recent.append(bool(self.failed[i]))
             self.successes.append(ended[-1]["success"])
+            self.levels.append(self.stats[i].max_reward)
             self.last_return = ended[-1]["return"]
         return ended
 
@@ -273,6 +284,7 @@ class Collector:
             "step": self.step,
             "episode": self.episode,
             "successes": list(self.successes),
+            "levels": list(self.levels),
             "restarts": 0,  # ends through a fault of the environments at this state: Checkpointer.save counts them
             "action_space": _plain(self.rng.bit_generator.state),
             "envs": [_plain(rng.bit_generator.state) for rng in rngs],
@@ -282,6 +294,7 @@ class Collector:
         """Go on from a saved state; after an end through the environments' fault, from other draws."""
         self.step, self.episode = state["step"], state["episode"]
         self.successes.extend(state["successes"])
+        self.levels.extend(state["levels"])
         self.rng.bit_generator.state = _generator(state["action_space"], state["restarts"]).bit_generator.state
         generators = [_generator(saved, state["restarts"]) for saved in state["envs"]]
         if len(generators) != self.config.num_envs:
@@ -302,7 +315,8 @@ class Collector:
         chance = c.greedy_episodes * self.solved if self.agent.updates else 0.0
         self.greedy[env] = chance > 0 and self.rng.random() < chance
         self.limit[env] = (c.eval_steps if self.greedy[env] else 0) or c.episode_steps
-        self.held_actions[env].begin(1.0 if self.greedy[env] else self.solved)
+        level = statistics.median(self.levels) if self.levels else -math.inf
+        self.held_actions[env].begin(1.0 if self.greedy[env] else self.solved, level)
 
     def _choose_actions(self) -> None:
         """Random actions until the first update, then the policy's: (num_envs, A)."""
@@ -338,6 +352,17 @@ class Collector:
         except BrokenEnv as error:
             self.stop.check()  # the signal that ends the run may have ended a worker first
             raise EnvFailure(str(error)) from error
+
+
+def _warn_of_task(config: Config, reward: np.ndarray, terminated: np.ndarray) -> None:
+    """Say once what a task's rewards of an agent step, or its ends, need that the constants do not have."""
+    if terminated.any() and not config.discount_head:
+        why = "the task ends episodes itself, but the model learns that only in a new run with --discount_head true"
+        warn_once("ends", why)
+    largest = np.abs(reward).max(initial=0.0) / config.action_repeat
+    if largest > LARGE_REWARD and not config.reward_norm and config.reward_transform != "tanh":
+        why = "the presets are made for at most 1, and --reward_norm true --reward_scale 10 divides them"
+        warn_once("rewards", f"a control step has a reward of {largest:g}: {why}")
 
 
 def _held(holds: Sequence[HeldActions], action: np.ndarray, is_random: bool) -> np.ndarray:

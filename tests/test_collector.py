@@ -1,6 +1,8 @@
 """Collection: what reaches the replay in which order, when updates are due, and how both go on after a resume."""
 
 import functools
+import math
+import statistics
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -233,6 +235,19 @@ def test_greedy_episodes_are_as_those_of_evaluations():
     assert set(begun) == {(True, False, 30), (False, True, 10), (False, False, 10)}
     assert training_options(collector.config)["episode_steps"] == 30
     assert training_options(tiny_config(**OPTIONS, greedy_episodes=0.0, eval_steps=30))["episode_steps"] == 10
+
+
+def test_a_move_waits_for_what_half_of_the_last_episodes_have_reached(monkeypatch):
+    """That is the median of the largest rewards of a control step in the last ten; of none, it is nothing."""
+    collector, levels = collector_of([[]], Policy(updates=5), held_actions=1.0), []
+    monkeypatch.setattr(collector.held_actions[0], "begin", lambda solved, level: levels.append(level))
+    largest = [figures["max_reward"] for figures in collect(collector, 100)]
+    assert len(levels) > 12
+    assert levels == [-math.inf, *(statistics.median(largest[:i][-10:]) for i in range(1, len(levels)))]
+    seen = []
+    monkeypatch.setattr(collector.held_actions[0], "see", seen.append)
+    ended = collect(collector, 20)[-1]
+    assert ended["max_reward"] in seen and len(seen) == 20
 
 
 def test_no_episode_of_random_actions_is_greedy():
