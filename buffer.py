@@ -82,7 +82,7 @@ class ReplayBuffer:
         image_shape, action_size: (C, H, W) and A.
         seed: of the sampling generator, which is the buffer's own.
         focus: share of the windows that are made of the newest and of the best tenth of the episodes (of the
-            best at most ten, by `_score`), half of it each. The other windows are made of all rows.
+            best ten, if that is fewer, by `_score`), half of it each. The other windows are made of all rows.
         device: where the rows lie and batches are made.
     """
 

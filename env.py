@@ -26,7 +26,7 @@ import numpy as np
 
 from render import Renderer, gl_backend, has_library, import_rendering
 
-logging.getLogger("robosuite_logs").disabled = True  # it logs when it is imported
+logging.getLogger("robosuite_logs").disabled = True  # RoboSuite logs when it is imported
 
 STOCK_PHYSICS_STEP = 0.002  # seconds, RoboSuite's own
 CHEAP_PHYSICS_STEP = 0.005  # 2.5 times fewer controller and physics steps; not the standard physics
@@ -221,9 +221,12 @@ def _hand_over_generator(task: Any, rng: np.random.Generator) -> None:
     from robosuite.utils.placement_samplers import ObjectPositionSampler
 
     task.rng = rng
-    found = list(vars(task).values())
+    found, seen = list(vars(task).values()), set()
     while found:
         value = found.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
         if isinstance(value, ObjectPositionSampler):
             value.rng = rng
             found.append(getattr(value, "samplers", {}))  # a composite's parts

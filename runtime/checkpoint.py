@@ -565,6 +565,8 @@ def load_policy(path: str | Path) -> tuple[Policy, Config]:
         policy.load_state_dict(saved["weights"])
     except UserError:
         raise
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {path}; in a run's folder, its first evaluation writes policy.pt") from error
     except OSError as error:
         raise UserError(f"policy {path} can't be read: {error.strerror}") from error
     except Exception as error:  # torch.load raises almost anything for files that aren't its own

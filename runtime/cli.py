@@ -64,16 +64,13 @@ def parse(argv: Sequence[str]) -> Command:
     """The configuration that flags, preset and Config give together, and what to do. UserError for wrong input."""
     check_block()
     words = list(_words(argv))
-    shown = next(
-        (value for flag, value in itertools.pairwise(words) if flag == "--preset" and value in PRESETS), "auto"
-    )
-    shown = _preset(shown, "auto")
+    shown, task = _shown(words)
     with tyro._errors.on_parse_error(_refuse):
         flags = tyro.cli(
             Flags,
             prog="run.py",
             description=DESCRIPTION.format(preset=shown),
-            default=Flags(**defaults(Config.task, shown)),
+            default=Flags(**defaults(task, shown)),
             args=words,
             config=(tyro.conf.FlagConversionOff,),
             use_underscores=True,
@@ -118,6 +115,18 @@ def _did_you_mean(name: str, valid: Iterable[str], otherwise: str, dashes: str =
     return f"did you mean {dashes}{near[0]}?" if near else otherwise
 
 
+def _shown(words: Sequence[str]) -> tuple[str, str]:
+    """The preset and the task whose defaults `--help` has: those that a run would have, if these words are valid."""
+    found = {"preset": "auto", "device": "auto", "task": Config.task}
+    for word, after in itertools.pairwise([*words, ""]):
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--"):
+            found[_field(flag)] = value if equals else after
+    name = found["preset"] if found["preset"] in PRESETS else "auto"
+    device = found["device"] if found["device"] in typing.get_args(hints()["device"]) else "auto"
+    return _preset(name, device), found["task"]
+
+
 def _preset(name: str, device: str) -> str:
     """The preset that `auto` stands for on this device, or the one that is named."""
     if name != "auto":
@@ -140,19 +149,19 @@ def _field(word: str) -> str:
 
 
 def _words(argv: Sequence[str]) -> Iterator[str]:
-    """A sweep's `--save_replay=false` and `--cameras=a,b` in tyro's form: `--save_replay False`, `--cameras a b`."""
+    """A sweep's `--save_replay=false` and `--cameras=a,b` in tyro's form: `--save_replay=False`, `--cameras a b`."""
     flag = ""
     for word in argv:
-        value = word
-        if word.startswith("--"):
-            flag, equals, value = word.partition("=")
-            yield flag
-            if not equals:
-                continue
+        before, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        flag = before or flag
         default = getattr(Config, _field(flag), None)
-        if isinstance(default, bool) and value in ("true", "false"):
-            value = value.capitalize()
-        yield from value.split(",") if isinstance(default, tuple) else [value]
+        if before and not equals:
+            yield before
+        elif isinstance(default, tuple):
+            yield from [*[before] * bool(before), *value.split(",")]
+        else:
+            switch = isinstance(default, bool) and value in ("true", "false")
+            yield before + equals + (value.capitalize() if switch else value)
 
 
 def _path(name: str) -> Path:
@@ -164,10 +173,13 @@ def _refuse(event: Any) -> NoReturn:
     """Turn tyro's account of a wrong command line into one line (UserError)."""
     errors = tyro._errors
     if isinstance(event, errors.UnrecognizedArgs):
-        flag = event.tokens[0].split("=")[0]
+        token, names = event.tokens[0], [field.name for field in dataclasses.fields(Flags)]
+        flag = token.split("=")[0]
         if not flag.startswith("-"):
-            raise UserError(f"{flag} is one value too many: see python run.py --help")
-        names = [field.name for field in dataclasses.fields(Flags)]
+            hint = (
+                f"did you mean --{token}?" if flag in names else "most flags take one value; see python run.py --help"
+            )
+            raise UserError(f"{token} is no flag: {hint}")
         hint = _did_you_mean(_field(flag), names, "see python run.py --help", dashes="--")
         raise UserError(f"unknown flag {flag}: {hint}")
     argument = getattr(event, "argument", None)
@@ -178,22 +190,22 @@ def _refuse(event: Any) -> NoReturn:
     if isinstance(event, errors.InstantiationFailure) and name in hints():  # int's or float's: "...: 'abc'"
         value = event.message.rpartition(": ")[2]
         raise UserError(f"{name} {value} is of the wrong type: it must be {WORDS[_type_and_marks(hints()[name])[0]]}")
-    raise UserError(f"{name or 'flags'}: a value is missing, {_valid(name)}")
+    raise UserError(f"{name or 'flags'}: a value is missing; {_valid(name)}")
 
 
 def _valid(name: str) -> str:
     """What a field takes, in words."""
     kind = _type_and_marks(hints()[name])[0] if name in hints() else None
     if typing.get_origin(kind) is Literal:
-        return f"valid: {', '.join(typing.get_args(kind))}"
-    return next((words for known, words in WORDS.items() if known is kind), "see python run.py --help")
+        return f"valid: {', '.join(map(str, typing.get_args(kind)))}"
+    return next((f"it must be {words}" for known, words in WORDS.items() if known is kind), "see python run.py --help")
 
 
 def check_fits_policy(given: dict[str, Any], config: Config) -> None:
     """Refuse flags that an evaluation would ignore, unless the policy was trained with them (UserError)."""
     env, fixed = marked("env"), marked("fixed")
     free = {*env, "num_envs", "eval_episodes", "eval_steps", "eval_action"} - {*fixed, "episode_steps"}
-    free |= {"device"}
+    free |= {"device", "run_dir"}  # which a script may name for its runs; an evaluation has none
     for name, value in given.items():
         if name not in free and value != getattr(config, name):
             made = f"the policy was trained with {_text(getattr(config, name))}"

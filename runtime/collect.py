@@ -34,8 +34,8 @@ class HeldActions:
     goes straight on once: one of the first `moves` actions is at its bound and all others are 0 but the gripper's,
     which stays the policy's, or the hand would drop what it carries. That begins where the policy has come about as far
     as it can (as in Go-Explore, Ecoffet et al. 2021, arXiv 2004.12919): after a random step of the episode's middle
-    half, once the reward is near the largest that half of the last episodes have reached. Where it solves the task, the
-    hand then rests, with all of them 0: if it went on, it would let go of the open door, and a policy that has never
+    half, once the reward is near the median of the last episodes' largest rewards. Where it solves the task, the hand
+    then rests, with all of them 0: if it went on, it would let go of the open door, and a policy that has never
     opened it would shut it. Nothing else is held in an episode that is solved. The random actions before training have
     the gripper held all the time. When a run goes on, only the state of `rng` has to come back.
 
@@ -48,7 +48,7 @@ class HeldActions:
 
     GRIPPER_START, GRIPPER_STEPS = 0.1, (4, 13)  # chance of a step to begin a hold, and its agent steps
     MOVES = 2 / 3  # share of the disturbed episodes that have a move
-    NEAR = 0.7  # of that reward
+    NEAR = 0.7  # of that median
     MOVE_STEPS, REST_STEPS = 30, 20  # Door opens after about 20; a can has to be carried for longer
 
     def __init__(self, share: float, rng: np.random.Generator, *, gripper: bool, moves: int, steps: int):
@@ -62,17 +62,16 @@ class HeldActions:
     def begin(self, solved: float = 0.0, level: float = -math.inf) -> None:
         """An episode begins.
 
-        `solved` is the share of the last ones that succeeded, `level` the largest reward of a control step that half of
-        them have reached.
+        `solved` is the share of the last ones that succeeded, `level` the median of their largest rewards of a control
+        step.
         """
         if not self.share:
             return
         self.disturbed = self.rng.random() < self.share * (1 - solved)
         self.gripper_left = self.done = self.move_to = 0
-        moves = self.disturbed and self.moves > 0 and (not self.gripper or self.rng.random() < self.MOVES)
-        self.grips = self.disturbed and not moves
-        self.waits = moves
-        if moves:
+        moves = self.disturbed and self.rng.random() < self.MOVES
+        self.grips, self.waits = self.disturbed and not moves, moves and self.moves > 0
+        if self.waits:
             self.earliest = self.rng.integers(self.steps // 4, 3 * self.steps // 4, endpoint=True)
             self.level = level - (1 - self.NEAR) * abs(level)
             self.axis, self.side = self.rng.integers(self.moves), self.rng.choice((-1, 1))

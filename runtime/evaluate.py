@@ -550,8 +550,6 @@ def evaluate_policy(path: Path, given: dict[str, Any], make_env: MakeEnv) -> Non
     `given` are the flags that were given. Failure if episodes could not be played.
     """
     file = path / "policy.pt" if os.path.isdir(path) else path  # unlike path.is_dir, it raises nothing
-    if file != path and not file.exists():
-        raise UserError(f"{path} has no policy.pt yet: the first evaluation writes it, after eval_every control steps")
     policy, config = load_policy(file)
     check_fits_policy(given, config)
     config = dataclasses.replace(config, **{"eval_episodes": EVAL_EPISODES, "num_envs": 1, **given})

@@ -132,9 +132,7 @@ def write_report(folders: Sequence[Path]) -> Path:
 
     Raises UserError if there is nothing to show or the file can't be written.
     """
-    many = len(folders) > len(COLORS)
-    colors = [_hue(i / len(folders)) for i in range(len(folders))] if many else COLORS
-    runs = [_read_run(folder, colors[i]) for i, folder in enumerate(folders)]
+    runs = [_read_run(*each) for each in zip(folders, _colors(len(folders)), strict=True)]
     names = [run.name for run in runs]
     for run in runs:
         if names.count(run.name) > 1:
@@ -149,10 +147,12 @@ def write_report(folders: Sequence[Path]) -> Path:
     return path
 
 
-def _hue(share: float) -> str:
-    """The color that lies so far around the color wheel."""
-    red, green, blue = (round(255 * x) for x in colorsys.hls_to_rgb(share, 0.42, 0.65))
-    return f"#{red:02x}{green:02x}{blue:02x}"
+def _colors(count: int) -> Sequence[str]:
+    """Colors of so many runs, each of another: from COLORS, or from around the color wheel."""
+    if count <= len(COLORS):
+        return COLORS[:count]
+    wheel = [colorsys.hls_to_rgb(i / count, 0.42, 0.65) for i in range(count)]
+    return ["#" + "".join(f"{round(255 * x):02x}" for x in color) for color in wheel]
 
 
 def _read_run(folder: Path, color: str) -> RunData:

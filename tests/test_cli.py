@@ -154,6 +154,7 @@ def test_every_field_is_a_flag_and_its_comment_stands_in_the_help(capsys, monkey
         ("--cameras frontview,sideview --seed 1", {"cameras": ("frontview", "sideview"), "seed": 1}),
         ("--image_size 128", {"image_size": 128}),
         ("--run_dir=a=b", {"run_dir": "a=b"}),
+        ("--run_dir=-x --seed 1", {"run_dir": "-x", "seed": 1}),
         ("--seed 1 --seed 2", {"seed": 2}),
     ],
 )
@@ -173,11 +174,16 @@ def test_a_script_that_names_its_task_can_report():
 def test_the_help_has_the_presets_own_defaults(capsys, monkeypatch):
     """Those that a run would have with these flags: of the preset that is named, or of the one for this machine."""
     monkeypatch.setattr(cli, "pick_device", lambda name: torch.device("cpu"))
-    for words, size, name in (([], 32, "cpu"), (["--preset", "paper"], 64, "paper"), (["--preset=cpu"], 32, "cpu")):
+    for words, size, name in (
+        ("", 32, "cpu"),
+        ("--preset paper", 64, "paper"),
+        ("--preset=paper --preset=cpu --task Door", 32, "cpu"),
+    ):
         with pytest.raises(SystemExit):
-            run.main([*words, "--help"])
+            run.main([*words.split(), "--help"])
         text = " ".join(capsys.readouterr().out.replace("│", " ").split())
         assert f"in pixels (default: {size})" in text and f"those of the preset `{name}`" in text
+        assert ("(default: agentview" in text) == ("Door" not in words)
 
 
 def test_only_switches_turn_true_into_a_bool():
@@ -358,7 +364,9 @@ def test_an_edited_constant_of_the_wrong_type_is_refused(change):
         ("--batch_size", ["batch_size", "value", "a whole number"]),
         ("--save_replay", ["save_replay", "value", "true or false"]),
         ("--wandb", ["wandb", "value", "auto, online, offline"]),
-        ("--seed 0 1", ["1 is one value too many"]),
+        ("--seed 0 1", ["1 is no flag", "one value"]),
+        ("seed=3", ["seed=3 is no flag: did you mean --seed=3?"]),
+        ("--image_size", ["image_size", "value", "32, 64, 128"]),
         ("--cameras agentview,,sideview", ["cameras 'agentview,,sideview' lack a name"]),
         ("--grad_heads=", ["grad_heads '' is unknown", "decoder"]),
         ("stray", ["stray", "--help"]),

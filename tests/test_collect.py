@@ -19,6 +19,13 @@ def play(hold: HeldActions, actions: np.ndarray, rewards=0.0) -> np.ndarray:
     return np.array([(hold(action, False), hold.see(reward))[0] for action, reward in steps])
 
 
+def begin_a_move(hold: HeldActions, level: float) -> None:
+    """Begin the first episode that is to have a move."""
+    hold.begin(level=level)
+    while not hold.waits:
+        hold.begin(level=level)
+
+
 def test_random_actions_hold_the_gripper():
     """Random actions get the gripper's command in runs of one sign, 4 - 13 steps or multiples; the rest is theirs."""
     rng = np.random.default_rng(0)
@@ -79,11 +86,11 @@ def test_a_move_waits_for_a_reward_near_the_best(level, enough):
     actions, begun = np.full((100, 4), 0.5), Counter()
     for seed in range(60):
         hold = HeldActions(1.0, np.random.default_rng(seed), gripper=False, moves=3, steps=100)
-        hold.begin(level=level)
+        begin_a_move(hold, level)
         rewards = np.full(100, enough - 0.01)
         rewards[[10, 80]] = enough + 1e-9  # the first is too early in the episode
         begun[int(np.flatnonzero((play(hold, actions, rewards) != 0.5).any(1))[0])] += 1
-        hold.begin(level=level)
+        begin_a_move(hold, level)
         assert (play(hold, actions, enough - 0.01) == 0.5).all()
     assert begun == {81: 60}
 

@@ -237,8 +237,8 @@ def test_greedy_episodes_are_as_those_of_evaluations():
     assert training_options(tiny_config(**OPTIONS, greedy_episodes=0.0, eval_steps=30))["episode_steps"] == 10
 
 
-def test_a_move_waits_for_what_half_of_the_last_episodes_have_reached(monkeypatch):
-    """That is the median of the largest rewards of a control step in the last ten; of none, it is nothing."""
+def test_a_move_waits_for_the_median_of_the_last_largest_rewards(monkeypatch):
+    """Of a control step, in the last ten episodes; where there is none yet, it waits for nothing."""
     collector, levels = collector_of([[]], Policy(updates=5), held_actions=1.0), []
     monkeypatch.setattr(collector.held_actions[0], "begin", lambda solved, level: levels.append(level))
     largest = [figures["max_reward"] for figures in collect(collector, 100)]

@@ -120,10 +120,18 @@ def test_several_runs_share_their_plots(tmp_path):
     assert "<td>seed</td><td>0</td><td>1</td>" in page and "<td>task</td>" not in page
 
 
-def test_each_of_many_runs_has_a_color_of_its_own():
+def test_each_of_many_runs_has_a_color_of_its_own(tmp_path):
     """Also where there are more of them than COLORS."""
-    hues = {report._hue(i / 20) for i in range(20)}
-    assert len(hues) == 20 and all(re.fullmatch("#[0-9a-f]{6}", hue) for hue in hues)
+    folders = [tmp_path / str(i) for i in range(9)]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text(
+            '{"env_step": 1, "eval/return_mean": 1}\n{"env_step": 2, "eval/return_mean": 2}\n'
+        )
+    page = write_report(folders).read_text()
+    colors = report._colors(9)
+    assert len(set(colors)) == 9
+    assert all(color in images(page, "svg+xml")[0].decode() for color in colors)
 
 
 @pytest.mark.parametrize("content", [None, "", '{"env_step": 1'])

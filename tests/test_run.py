@@ -193,10 +193,11 @@ def test_a_pages_script_sums_up_runs(tmp_path, monkeypatch, capsys):
     for seed, value in enumerate((3.0, 9.0, 1.0)):
         folder = tmp_path / f"runs/Lift_cpu_{seed}"
         folder.mkdir(parents=True)
-        lines = ({"env_step": 9_000, "eval/return_mean": 0.0}, {"env_step": 10_100, "eval/return_mean": value})
+        found = ((9_000, 0.0), (10_100, value), (1_000_000, 5.0))
+        lines = [{"env_step": step, "eval/return_mean": mean} for step, mean in found]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"env_st')
     exec(page_script("median", "docs/many-runs.md"), {})
-    assert capsys.readouterr().out == "10,000 steps: 3 (1 to 9) of 3 runs\n"
+    assert capsys.readouterr().out == ("10,000 steps: 3 (1 to 9) of 3 runs\n1,000,000 steps: 5 (5 to 5) of 3 runs\n")
 
 
 def test_a_pages_script_draws_what_the_cameras_see(tmp_path, monkeypatch):
