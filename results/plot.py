@@ -140,7 +140,7 @@ def draw_experiments(path: Path) -> None:
             axis.plot(steps, column(mine[run], "return_share"), color=color, linewidth=width, label=label or None)
         for i, points in enumerate(claim.values() if chosen is BENCHMARK else ()):
             steps = [step / 1000 for step in column(points, "env_step")]
-            label = "" if i else f"today's preset, {len(claim)} seeds"
+            label = "" if i else f"runs of results/README.md, {len(claim)} seeds"
             axis.plot(steps, column(points, "return_share"), color=BLACK, linewidth=1.5, label=label or None)
         axis.plot([], [], color=GRAY, linewidth=1, label="other constants")
         axis.axhline(HOVERING, color="0.3", linewidth=1, linestyle="--")

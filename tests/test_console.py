@@ -23,7 +23,7 @@ def finished(run_dir) -> bool:
     """Whether a run is complete, and nothing that was printed went into its files."""
     names = {path.name for path in run_dir.iterdir()}
     assert {"config.json", "lock", "metrics.jsonl", "policy.pt", "replay", "videos"} <= names
-    assert re.fullmatch(r"\d+\n?", (run_dir / "lock").read_text())
+    assert (run_dir / "lock").read_text() == ""
     assert "eval/return_mean" in metrics(run_dir)[-1]
     return newest(run_dir)["step"] == 100
 
@@ -126,7 +126,7 @@ def test_lines_appear_at_once_in_a_file(tmp_path):
         process.wait()
     text = log.read_text()
     assert re.search(
-        r"^step \d+ of 180: evaluation return \d+\.\d .* success \d+% of 1 episodes$", text, re.MULTILINE
+        r"^step \d+ of 100000: evaluation return \d+\.\d .* success \d+% of 1 episodes$", text, re.MULTILINE
     ), text
     assert (
         text.index("preset debug") < text.index(": prefill") < text.index(": train") < text.index("evaluation return")

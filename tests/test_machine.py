@@ -255,7 +255,7 @@ def test_evaluations_have_no_more_threads_than_training(monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(run, "limit_threads", lambda: asked.append(True))
     assert run.main(["--eval", "/no/such/run"]) == 2 and asked == [True]
-    assert "No such file" in capsys.readouterr().err
+    assert "there is no /no/such/run" in capsys.readouterr().err
 
 
 def test_memory_is_kept_as_far_as_the_c_library_allows(monkeypatch):

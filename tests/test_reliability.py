@@ -241,7 +241,7 @@ def test_each_saved_item_is_needed_for_an_exact_resume(change, straight, tmp_pat
 @pytest.mark.parametrize("change", [drop("evaluator.best", float("-inf")), drop("evaluator.best_step", -1)])
 def test_the_best_evaluation_is_needed_after_it(change, straight, tmp_path):
     """R2: the last evaluation of this run is not its best."""
-    assert straight["end"]["state"]["best_step"] == 120
+    assert straight["end"]["state"]["best_step"] == 60
     assert resumes_otherwise(straight, AFTER_BEST, change, tmp_path / "run")
 
 

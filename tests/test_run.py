@@ -21,6 +21,7 @@ import run
 from fake_env import FakeEnv
 from faults import TINY, newest
 from runtime import checkpoint, cli, console, evaluate, logger
+from runtime.collect import HeldActions
 from train import Config, Dreamer
 
 ROOT = Path(__file__).parent.parent
@@ -412,7 +413,8 @@ def test_the_policy_remembers_held_commands(tmp_path, monkeypatch):
         return act(self, image, state, is_first, draws, deterministic, averaged)
 
     monkeypatch.setattr(Dreamer, "act", listen)
-    assert train(tmp_path / "run", "--held_actions 1 --eval_every 1000", Listening) == 0
+    monkeypatch.setattr(HeldActions, "MOVES", 0.0)  # grippers are held in all episodes
+    assert train(tmp_path / "run", "--held_actions 1 --eval_every 1000 --seed 1", Listening) == 0
     assert len(remembered) > 70 and all(np.array_equal(*pair) for pair in remembered)
     assert 10 < sum(abs(action[-1]) == 1 for action, _ in remembered) < len(remembered)
 
