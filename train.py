@@ -95,7 +95,7 @@ class Config:
     checkpoint_minutes: Weight = 10  # minutes, at least, between two checkpoints; the best evaluation has one too
     save_replay: bool = True  # keep finished episodes on disk; if false, a resumed run fills its replay anew
     log_every: Count = 500  # control steps, at least, between two lines of training metrics
-    eval_every: Count = 20_000  # control steps between evaluations; a quarter when only training episodes all succeed
+    eval_every: Count = 20_000  # control steps between evaluations; a quarter while training succeeds but they don't
     eval_steps: Whole = 500  # control steps in an evaluation episode; 0: as many as in a training episode
     eval_action: Literal["mean", "mode"] = "mean"  # action of an evaluation: mean or mode of the policy's distribution
     eval_episodes: Count = 10  # episodes in an evaluation; twice as many at the end of a run; 20 with --eval

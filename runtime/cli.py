@@ -64,21 +64,21 @@ def parse(argv: Sequence[str]) -> Command:
     """The configuration that flags, preset and Config give together, and what to do. UserError for wrong input."""
     check_block()
     words = list(_words(argv))
-    shown, task = _shown(words)
+    preset, task = _preset_and_task(words)
     with tyro._errors.on_parse_error(_refuse):
         flags = tyro.cli(
             Flags,
             prog="run.py",
-            description=DESCRIPTION.format(preset=shown),
-            default=Flags(**defaults(task, shown)),
+            description=DESCRIPTION.format(preset=preset),
+            default=Flags(**defaults(task, preset)),
             args=words,
             config=(tyro.conf.FlagConversionOff,),
             use_underscores=True,
         )
     named = {_field(word) for word in words if word.startswith("--")}
-    given = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Config) if field.name in named}
-    preset = _preset(flags.preset, flags.device)
-    config = Config(**defaults(flags.task, preset) | given | {"preset": preset})
+    values = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Config)}
+    given = {name: value for name, value in values.items() if name in named}
+    config = Config(**values | {"preset": preset})
     if "eval" in named and not flags.eval:
         raise UserError("--eval needs a run folder or a policy file")
     if "report" in named and not all(flags.report or [""]):
@@ -107,6 +107,9 @@ def check_block() -> None:
             for name in constants.keys() - hints().keys():
                 hint = _did_you_mean(name, hints(), "Config has no such constant")
                 raise UserError(f"{table} in train.py, {entry}: unknown constant {name}: {hint}")
+            check_fields(
+                dataclasses.replace(Config(), **constants)
+            )  # tyro would warn of a wrong type in lines of its own
 
 
 def _did_you_mean(name: str, valid: Iterable[str], otherwise: str, dashes: str = "") -> str:
@@ -115,23 +118,18 @@ def _did_you_mean(name: str, valid: Iterable[str], otherwise: str, dashes: str =
     return f"did you mean {dashes}{near[0]}?" if near else otherwise
 
 
-def _shown(words: Sequence[str]) -> tuple[str, str]:
-    """The preset and the task whose defaults `--help` has: those that a run would have, if these words are valid."""
+def _preset_and_task(words: Sequence[str]) -> tuple[str, str]:
+    """The preset, with `auto` resolved, and the task of valid words; of others, which tyro refuses, what is shown."""
     found = {"preset": "auto", "device": "auto", "task": Config.task}
     for word, after in itertools.pairwise([*words, ""]):
         flag, equals, value = word.partition("=")
         if flag.startswith("--"):
             found[_field(flag)] = value if equals else after
     name = found["preset"] if found["preset"] in PRESETS else "auto"
-    device = found["device"] if found["device"] in typing.get_args(hints()["device"]) else "auto"
-    return _preset(name, device), found["task"]
-
-
-def _preset(name: str, device: str) -> str:
-    """The preset that `auto` stands for on this device, or the one that is named."""
-    if name != "auto":
-        return name
-    return "standard" if pick_device(device).type == "cuda" else "cpu"
+    if name == "auto":
+        device = found["device"] if found["device"] in typing.get_args(hints()["device"]) else "auto"
+        name = "standard" if pick_device(device).type == "cuda" else "cpu"
+    return name, found["task"]
 
 
 def _check_no_gpu_run(config: Config) -> None:
@@ -152,16 +150,17 @@ def _words(argv: Sequence[str]) -> Iterator[str]:
     """A sweep's `--save_replay=false` and `--cameras=a,b` in tyro's form: `--save_replay=False`, `--cameras a b`."""
     flag = ""
     for word in argv:
-        before, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        flag = before or flag
+        start, value = "", word
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            start = flag + equals
         default = getattr(Config, _field(flag), None)
-        if before and not equals:
-            yield before
-        elif isinstance(default, tuple):
-            yield from [*[before] * bool(before), *value.split(",")]
+        if isinstance(default, tuple) and start != flag:
+            yield from [flag] if start else []
+            yield from value.split(",")
         else:
             switch = isinstance(default, bool) and value in ("true", "false")
-            yield before + equals + (value.capitalize() if switch else value)
+            yield start + (value.capitalize() if switch else value)
 
 
 def _path(name: str) -> Path:
@@ -188,17 +187,16 @@ def _refuse(event: Any) -> NoReturn:
         valid = ", ".join(str(choice).lower() if choice in ("True", "False") else choice for choice in event.choices)
         raise UserError(f"{name} {event.value or repr(event.value)} is unknown; valid: {valid}")
     if isinstance(event, errors.InstantiationFailure) and name in hints():  # int's or float's: "...: 'abc'"
-        value = event.message.rpartition(": ")[2]
-        raise UserError(f"{name} {value} is of the wrong type: it must be {WORDS[_type_and_marks(hints()[name])[0]]}")
+        raise UserError(f"{name} {event.message.rpartition(': ')[2]} is of the wrong type: {_valid(name)}")
     raise UserError(f"{name or 'flags'}: a value is missing; {_valid(name)}")
 
 
 def _valid(name: str) -> str:
     """What a field takes, in words."""
-    kind = _type_and_marks(hints()[name])[0] if name in hints() else None
+    kind, *_ = _type_and_marks(hints().get(name))
     if typing.get_origin(kind) is Literal:
         return f"valid: {', '.join(map(str, typing.get_args(kind)))}"
-    return next((f"it must be {words}" for known, words in WORDS.items() if known is kind), "see python run.py --help")
+    return f"it must be {WORDS[kind]}" if kind in WORDS else "see python run.py --help"
 
 
 def check_fits_policy(given: dict[str, Any], config: Config) -> None:

@@ -189,7 +189,7 @@ class Collector:
         self.watch, self.stop = watch, stop
         self.step = 0  # control steps so far
         self.episode = 0  # finished episodes
-        envs.single_action_space.seed(own_seed(config.seed, 0, 1))  # environment 0 has the run's own seed
+        envs.single_action_space.seed(own_seed(config.seed, 0, 1))
         self.rng = envs.single_action_space.np_random
         gripper, moves = bool(envs.metadata.get("gripper")), envs.metadata.get("moves", 0)
         share = config.held_actions if gripper or moves else 0.0

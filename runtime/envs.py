@@ -254,7 +254,10 @@ def env_seeds(seed: int, num_envs: int) -> list[int]:
 
 
 def own_seed(seed: int, *user: int) -> int:
-    """A seed that follows from the run's, for a generator whose draws are to be no other's of the run."""
+    """A seed that follows from the run's, for a generator whose draws are to be no other's of the run.
+
+    `user` is i for environment i, (0, 1) for random actions and exploration, and (0, 2) for the replay.
+    """
     return int(np.random.SeedSequence([seed, *user]).generate_state(1)[0]) >> 1  # some environments take 31 bits
 
 

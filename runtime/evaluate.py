@@ -207,7 +207,7 @@ class Player:
             if isinstance(frame, np.ndarray):
                 episode.renders.append(frame)
             else:
-                warn_once("film", f"evaluations are not filmed: {frame}")
+                warn_once(str(frame), f"evaluations are not filmed: {frame}")
                 episode.renders.clear()
                 self.film = False
 

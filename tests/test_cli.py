@@ -102,6 +102,7 @@ def test_every_preset_that_can_be_chosen_exists():
             "PRESETS in train.py, cpu: unknown constant model_lrr: did you mean model_lr",
         ),
         (TASKS, "Stack", {"xyz": 1}, "TASKS in train.py, Stack: unknown constant xyz: Config has no such constant"),
+        (PRESETS, "paper", {"steps": 1e5}, "steps 100000.0 is of the wrong type: it must be a whole number"),
         (PRESETS, "cpu", None, "PRESETS in train.py lacks cpu"),
     ],
 )
