@@ -284,7 +284,6 @@ def defaults(task: str, preset: str) -> dict[str, Any]:
     return TASKS.get(task, {}) | PRESETS[preset]
 
 
-CONTEXT = 5  # frames observed before an open-loop prediction
 REWARD_MOMENTUM = 0.01  # share of the newest batch in the running size of rewards
 RANGE_MOMENTUM = 0.01  # share of the newest update in the running range of returns
 LOW, HIGH = 0.05, 0.95  # quantiles of the returns, between which their range is taken
@@ -310,13 +309,6 @@ class Imagination(NamedTuple):
     reward: Tensor  # (H + 1, N)
     discount: Tensor  # (H + 1, N), gamma times the chance that the episode goes on
     weight: Tensor  # (H + 1, N), without gradient
-
-
-class Prediction(NamedTuple):
-    """What the model expects to see and to get."""
-
-    image: Tensor  # (T, B, C, H, W), about [0, 1], not clipped
-    reward: Tensor  # (T, B), as `WorldModel.learned_reward` has it
 
 
 class WorldModel(nn.Module):
@@ -428,28 +420,6 @@ class WorldModel(nn.Module):
         share = REWARD_MOMENTUM * finite
         self.reward_square.lerp_(torch.where(finite, square, self.reward_square), share)
         self.reward_known.lerp_(torch.ones_like(square), share)
-
-    def filter(self, batch: Batch, draws: Draws) -> RSSMState:
-        """Posteriors (T, B, ...) of a batch."""
-        embed = self.encoder(self.encoder.preprocess(batch.image))
-        return self.rssm.observe(embed, batch.action, batch.is_first, draws)
-
-    @torch.no_grad()
-    def predict(self, batch: Batch, draws: Draws, context: int = CONTEXT) -> Prediction:
-        """Open-loop prediction of a batch (T, B, ...): `context` observed frames (at most T - 1), then imagined ones.
-
-        What is imagined follows the true actions.
-        """
-        context = min(context, len(batch.image) - 1)
-        post = self.filter(Batch(*(x[:context] for x in batch)), draws)
-        actions = iter(batch.action[context:])
-        start, steps = post.map(lambda x: x[-1]), len(batch.action) - context
-        _, imagined, _ = self.rssm.imagine(lambda _: next(actions), start, steps, draws)
-        return self.decode(torch.cat([post.feat, imagined[1:]]))
-
-    def decode(self, feat: Tensor) -> Prediction:
-        """What the model expects in the states of these features (T, B, F)."""
-        return Prediction(self.encoder.picture(self.decoder(feat).mean), self.reward(feat).mean)
 
     def _frames(self, feat: Tensor, image: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """The frames to decode: all of them, or a random part, which leaves the mean loss unbiased."""
@@ -793,27 +763,6 @@ class Dreamer:
         policy = self.averaged if averaged else self.policy
         with self.autocast():
             return policy(image, state, is_first, draws or self.draws, deterministic)
-
-    def predict(self, batch: Batch, draws: Draws) -> Prediction:
-        """Open-loop prediction of a batch (T, B, ...); see `WorldModel.predict`."""
-        with self.autocast():
-            return self.world_model.predict(batch, draws)
-
-    @torch.no_grad()
-    def dream(self, batch: Batch, steps: int, draws: Draws) -> Prediction:
-        """What the policy, sampled as in training, expects after a batch (T, B, ...): (steps, B, ...)."""
-        with self.autocast():
-            start = self.world_model.filter(batch, draws).map(lambda x: x[-1])
-            actor = self.behavior.actor
-            _, feat, _ = self.world_model.rssm.imagine(lambda feat: actor(feat).rsample(draws), start, steps, draws)
-            return self.world_model.decode(feat[1:])
-
-    @torch.no_grad()
-    def judge(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
-        """The reward and the value that model and critic read from the posteriors of a batch: (T, B) each."""
-        with self.autocast():
-            feat = self.world_model.filter(batch, draws).feat
-            return self.world_model.reward(feat).mean, self.behavior.value(feat).mean
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The only place that lowers precision: matrix products and convolutions inside run in `autocast_dtype`."""

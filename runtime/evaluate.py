@@ -37,8 +37,9 @@ from runtime.envs import (
     make_vector_env,
 )
 from runtime.logger import Logger, Stopwatch
+from runtime.predict import CONTEXT, Prediction, dream, judge, open_loop
 from runtime.video import VideoError, dream_video, open_loop_video, policy_video, write_video
-from train import CONTEXT, ActState, Config, Dreamer, Prediction
+from train import ActState, Config, Dreamer
 
 Act = Callable[..., tuple[Tensor, ActState]]
 
@@ -229,9 +230,9 @@ def analyze(agent: Dreamer, recordings: Sequence[Episode], draws: Draws, largest
     `largest` is the largest reward of an agent step so far; errors are told for each third of it.
     """
     windows = open_loop_windows(recordings).to(agent.device)
-    prediction = agent.predict(windows, draws)
+    prediction = open_loop(agent, windows, draws)
     episodes = whole_episodes(recordings).to(agent.device)
-    reward, value = agent.judge(episodes, draws)
+    reward, value = judge(agent, episodes, draws)
     learned = agent.world_model.learned_reward(episodes.reward)
     columns = [x.float().cpu().numpy() for x in (reward, value, learned, episodes.reward)]
     judged = [np.stack([x[: len(recording.rows), b] for x in columns]) for b, recording in enumerate(recordings)]
@@ -515,9 +516,9 @@ class Evaluator:
         truth = (windows.image.float() / 255).cpu().numpy()
         model = analysis.prediction.image[:, :SEQUENCES].float().cpu().numpy()
         self._video(step, "openloop", open_loop_video(truth, model, c.cameras, CONTEXT))
-        dream = self.agent.dream(Batch(*(x[:CONTEXT] for x in windows)), DREAM_STEPS, draws)
-        image = dream.image.float().cpu().numpy()
-        reward = self.agent.world_model.true_reward(dream.reward) / c.action_repeat  # of a control step
+        dreamed = dream(self.agent, Batch(*(x[:CONTEXT] for x in windows)), DREAM_STEPS, draws)
+        image = dreamed.image.float().cpu().numpy()
+        reward = self.agent.world_model.true_reward(dreamed.reward) / c.action_repeat  # of a control step
         self._video(step, "dream", dream_video(truth[:CONTEXT], image, reward.cpu().numpy(), c.cameras, c.horizon))
 
     def _video(self, step: int, name: str, frames: np.ndarray) -> None:

@@ -16,7 +16,8 @@ from runtime.checkpoint import write_file
 from runtime.console import UserError
 from runtime.logger import read_metrics
 from runtime.metrics import SECTIONS, Panel, meaning
-from train import CONTEXT, Config
+from runtime.predict import CONTEXT
+from train import Config
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,6 +17,7 @@ from fast import speed_up
 from recorded_config import config_of
 from recording import Recording, Replay, from_their_layout, refuse, to_their_layout
 from rssm import stack
+from runtime.predict import open_loop
 from train import Config, Dreamer
 
 METRICS = {
@@ -383,7 +384,7 @@ def replay_video(recording: Recording, config: Config, dreamer: Dreamer, batch: 
     imagined = batch_first(latent_draws(recording, "report/draw/prior", config.classes))
     draws, rows = Replay(seen + imagined), len(seen[0][1])
     batch = Batch(*(x[:, :rows] for x in batch))
-    truth, model = batch.image.float() / 255, dreamer.world_model.predict(batch, draws, len(seen)).image
+    truth, model = batch.image.float() / 255, open_loop(dreamer, batch, draws, len(seen)).image
     draws.finish()
     video = torch.cat([truth, model, (model - truth + 1) / 2], -2)  # (T, B, C, 3 H, W)
     video = video.permute(0, 3, 1, 4, 2).flatten(2, 3)  # (T, 3 H, B W, C)

@@ -36,9 +36,10 @@ from runtime.evaluate import (
     summarize,
 )
 from runtime.logger import Stopwatch
+from runtime.predict import Prediction, dream
 from test_run import metrics, newest, train
 from tiny import ACTION_SIZE, image_shape, seeded, tiny_config, tiny_dreamer
-from train import PRESETS, Config, Dreamer, Policy, Prediction
+from train import PRESETS, Config, Dreamer, Policy
 
 
 @pytest.fixture(autouse=True)
@@ -108,22 +109,23 @@ def test_open_loop_windows_are_whole_and_start_in_different_episodes():
     assert open_loop_windows([recording(n) for n in (40, 31, 30, 20, 19, 9)]).image.shape[:2] == (31, 3)
 
 
-def known_agent(config, offset: float, value: float):
+def known_agent(monkeypatch, config, offset: float, value: float):
     """Predicts the true reward + 0.1 with images `offset` too bright; its critic always says `value`."""
-    return SimpleNamespace(
-        config=config,
-        device="cpu",
-        world_model=SimpleNamespace(learned_reward=lambda reward: reward),
-        predict=lambda batch, draws: Prediction(batch.image / 255 + offset, batch.reward + 0.1),
-        judge=lambda batch, draws: (batch.reward + 0.1, torch.full_like(batch.reward, value)),
-    )
+    predictions = {
+        "open_loop": lambda _, batch, draws: Prediction(batch.image / 255 + offset, batch.reward + 0.1),
+        "judge": lambda _, batch, draws: (batch.reward + 0.1, torch.full_like(batch.reward, value)),
+    }
+    for name, predict in predictions.items():
+        monkeypatch.setattr(evaluate, name, predict)
+    model = SimpleNamespace(learned_reward=lambda reward: reward)
+    return SimpleNamespace(config=config, device="cpu", world_model=model)
 
 
-def test_errors_of_a_known_model_are_found():
+def test_errors_of_a_known_model_are_found(monkeypatch):
     """Squared image error, absolute reward error and value calibration of predictions that are off by known amounts."""
     config = tiny_config(discount=0.5)
     episodes = [recording(n, n, n == 40, rewards=np.linspace(0, 1, n + 1)) for n in (60, 40)]
-    metrics = analyze(known_agent(config, 0.2, 3.0), episodes, seeded(), 1.0).metrics
+    metrics = analyze(known_agent(monkeypatch, config, 0.2, 3.0), episodes, seeded(), 1.0).metrics
     for k in (1, 5, 15, 45):
         assert metrics[f"openloop/image_mse_{k}"] == pytest.approx(0.04, rel=1e-4)
         assert metrics[f"openloop/reward_error_{k}"] == pytest.approx(0.1, rel=1e-4)
@@ -136,10 +138,10 @@ def test_errors_of_a_known_model_are_found():
     assert metrics["behavior/value_error"] == pytest.approx(np.abs(known - 3).mean(), rel=1e-4)
 
 
-def test_figures_that_cannot_be_had_are_left_out():
+def test_figures_that_cannot_be_had_are_left_out(monkeypatch):
     """Open-loop steps beyond the episodes, and thirds of the largest reward that no reward fell into."""
     episode = recording(30, rewards=[0.1] * 31)
-    agent = known_agent(tiny_config(), 0.0, 0.0)
+    agent = known_agent(monkeypatch, tiny_config(), 0.0, 0.0)
 
     def found(largest: float) -> set[str]:
         return set(analyze(agent, [episode], seeded(), largest).metrics)
@@ -160,9 +162,9 @@ def test_looking_leaves_the_agent_as_it_was():
     stream = torch.get_rng_state()
     channels = image_shape(config)[0]
     analysis = analyze(agent, [recording(60, channels=channels), recording(33, 1, channels=channels)], seeded(), 1.0)
-    dream = agent.dream(analysis.windows, 7, seeded())
+    dreamed = dream(agent, analysis.windows, 7, seeded())
     assert all(np.isfinite(value) for value in analysis.metrics.values())
-    assert dream.image.shape[:2] == dream.reward.shape == (7, analysis.windows.image.shape[1])
+    assert dreamed.image.shape[:2] == dreamed.reward.shape == (7, analysis.windows.image.shape[1])
     assert torch.equal(stream, torch.get_rng_state())
     assert all(torch.equal(before[name], value) for name, value in agent.world_model.state_dict().items())
     assert all(p.grad is None for p in agent.world_model.parameters())

@@ -16,6 +16,7 @@ from networks import LOG_2PI, Draws
 from rssm import RSSMState
 from runtime.cli import check_config
 from runtime.console import UserError
+from runtime.predict import open_loop
 from tiny import ACTION_SIZE, descend, image_shape, random_batch, seeded, tiny_config, tiny_dreamer
 from train import (
     LEAST_REWARD,
@@ -140,7 +141,7 @@ def test_first_update_whitens_images():
         dreamer.train_step(update)
         for encoder in encoders:
             assert torch.equal(encoder.mean, expected.mean) and torch.equal(encoder.mix, expected.mix)
-    dark = dreamer.world_model.predict(batch, dreamer.draws).image
+    dark = open_loop(dreamer, batch, dreamer.draws).image
     assert float(dark.mean()) == pytest.approx(float(expected.mean.mean()), abs=0.05)  # pictures have the mean back
 
 
@@ -337,13 +338,13 @@ def test_video_prediction_is_open_loop():
     """After the context, predicted frames follow from the actions alone and never from the true images."""
     config = tiny_config(batch_length=9)
     dreamer, batch = tiny_dreamer(config), random_batch(config)
-    ours = dreamer.predict(batch, seeded())
+    ours = open_loop(dreamer, batch, seeded())
     assert ours.image.shape == batch.image.shape and ours.reward.shape == batch.reward.shape
     images, actions = batch.image.clone(), batch.action.clone()
     images[5:], actions[7] = 0, -actions[7]
-    blind = dreamer.predict(batch._replace(image=images), seeded())
+    blind = open_loop(dreamer, batch._replace(image=images), seeded())
     assert torch.equal(ours.image, blind.image) and torch.equal(ours.reward, blind.reward)
-    other = dreamer.predict(batch._replace(action=actions), seeded())
+    other = open_loop(dreamer, batch._replace(action=actions), seeded())
     assert torch.equal(ours.image[:7], other.image[:7]) and not torch.equal(ours.image[7], other.image[7])
 
 
