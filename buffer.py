@@ -129,10 +129,6 @@ class ReplayBuffer:
         """Memory of a row."""
         return sum(x[0].nbytes for x in (self.image, self.action, self.reward, self.is_first, self.is_terminal))
 
-    def bytes(self, rows: int) -> int:
-        """Memory, and disk, that so many rows take, or those of a full buffer if they are fewer."""
-        return self.row_bytes * min(len(self.image), rows)
-
     def add(self, transition: Transition, env: int = 0) -> None:
         """Append a row to the ring of `env`; refuses what training could not survive (ValueError)."""
         if not np.isfinite(transition.reward) or not np.isfinite(transition.action).all():
@@ -207,10 +203,6 @@ class ReplayBuffer:
             if episodes[0].length == 0 and (number := episodes.popleft().number) >= 0:
                 self.finished = np.delete(self.finished, np.searchsorted(self.finished[3], number), axis=1)
 
-    def _oldest(self) -> np.ndarray:
-        """The oldest row that each ring holds (num_envs,)."""
-        return np.maximum(np.array(self.written) - self.rows, 0)
-
     def _tabulate(self, env: int, episode: Episode) -> None:
         """Enter a finished episode into the table, which spares sampling a look at each `Episode`."""
         entry = env, episode.start, episode.start + episode.length, episode.number, episode.score
@@ -223,7 +215,7 @@ class ReplayBuffer:
         """
         if not len(self):
             raise ValueError("the replay holds no row yet")
-        oldest = self._oldest()
+        oldest = np.maximum(np.array(self.written) - self.rows, 0)  # row that each ring holds
         part = min(round(self.focus * batch_size / 2), batch_size // 2)
         groups = [(parts, part) for parts in self._newest_and_best(oldest, batch_length)] if part else []
         groups.append((np.stack([np.arange(len(oldest)), oldest, self.written]), batch_size - 2 * part))

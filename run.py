@@ -8,7 +8,6 @@ in rollouts that the world model imagines. Where an episode ends, it looks (metr
 import contextlib
 import dataclasses
 import functools
-import multiprocessing
 import signal
 import sys
 import time
@@ -19,14 +18,13 @@ import torch
 import fast
 from buffer import ReplayBuffer
 from env import make_env as make_robosuite_env
-from runtime import cli
+from runtime import cli, ending
 from runtime.checkpoint import Checkpointer, GlobalGenerators, ReplayFiles, RunFolder
 from runtime.collect import Collector, UpdateRatio
-from runtime.console import Failure, ProgressBar, Stopped, StopSignals, UserError, say, tolerant_output
+from runtime.console import ProgressBar, Stopped, StopSignals, say
 from runtime.device import (
     check_gradients,
     keep_freed_memory,
-    lack_of_memory,
     limit_threads,
     load_triton,
     make_replay,
@@ -34,7 +32,7 @@ from runtime.device import (
     pick_precision,
 )
 from runtime.envs import EnvFailure, check_spaces, close_envs, make_envs
-from runtime.evaluate import Evaluator, MakeEnv, check_complete, evaluate_policy, write_left_policy
+from runtime.evaluate import Evaluator, MakeEnv, evaluate_policy
 from runtime.logger import Logger, Meter, Stopwatch, pick_wandb_mode
 from runtime.report import write_report
 from train import Config, Dreamer
@@ -42,32 +40,16 @@ from train import Config, Dreamer
 
 def main(argv: list[str] | None = None, make_env: MakeEnv = make_robosuite_env) -> int:
     """Train, evaluate or report; returns the exit code. `make_env` builds an environment from Config's fields."""
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
-        sys.exit(1)  # a spawned worker has imported an unguarded script, which calls `main` again: the parent says so
-    with tolerant_output():
-        try:
-            command = cli.parse(sys.argv[1:] if argv is None else argv)
-            limit_threads()
-            if command.eval is not None:
-                evaluate_policy(command.eval, command.given, make_env)
-            elif command.report:
-                say(f"report {write_report(command.report)}")
-            else:
-                train(command.config, command.given, make_env)
-        except (UserError, Failure, fast.CaptureError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2 if isinstance(error, UserError) else 1
-        except (RuntimeError, MemoryError) as error:
-            if not (reason := lack_of_memory(error)):
-                raise
-            print(f"error: {reason}: a smaller --batch_size or --imagine_starts takes less", file=sys.stderr)
-            return 1
-        except Stopped as stop:
-            return 128 + stop.args[0]
-        except KeyboardInterrupt:  # before or after training, which has its own handler
-            say("stopped by SIGINT")
-            return 130
-        return 0
+    with ending.outcome() as outcome:
+        command = cli.parse(sys.argv[1:] if argv is None else argv)
+        limit_threads()
+        if command.eval is not None:
+            evaluate_policy(command.eval, command.given, make_env)
+        elif command.report:
+            say(f"report {write_report(command.report)}")
+        else:
+            train(command.config, command.given, make_env)
+    return outcome.exit_code
 
 
 def train(config: Config, given: dict[str, Any], make_env: MakeEnv) -> None:
@@ -79,18 +61,8 @@ def train(config: Config, given: dict[str, Any], make_env: MakeEnv) -> None:
         folder = RunFolder(cli.run_dir(config))
         stack.callback(folder.release)
         state = folder.newest()
-        if state is not None:
-            finished = state["step"] >= config.steps
-            done = f"finished: {folder.path} has its {state['step']} steps; --steps extends it"
-            changes = cli.check_same_run(folder.path, state["config"], config)
-            say(done if finished else f"resumed {folder.loaded} at step {state['step']}")
-            if finished:
-                check_learned(state["agent"]["updates"], state["step"])
-                write_left_policy(folder.path, state["evaluator"])
-                check_complete(state["evaluator"]["incomplete"])
-                return
-            for change in changes:
-                say(f"changed since the checkpoint: {change}")
+        if ending.is_over(folder, state, config):
+            return
         parts = build(config, given, make_env, device, folder, state, stack)
         stack.enter_context(parts.stop)
         try:
@@ -101,7 +73,7 @@ def train(config: Config, given: dict[str, Any], make_env: MakeEnv) -> None:
         except BaseException as error:  # the held state is older than the error, so it is safe to write
             parts.checkpointer.save(env_failed=isinstance(error, EnvFailure))
             raise
-        finish(parts)
+        ending.finish(parts.collector, parts.agent, parts.evaluator, parts.checkpointer, parts.logger)
 
 
 class Parts(NamedTuple):
@@ -234,23 +206,6 @@ def leave(p: Parts, number: int) -> None:
     saved = p.checkpointer.saved_step
     where = f"from step {saved}" if saved >= 0 else "from its beginning"
     say(f"stopped by {signal.Signals(number).name}; the same command continues {where}")
-
-
-def check_learned(updates: int, step: int) -> None:
-    """Failure if a run has ended before its first update."""
-    if not updates:
-        raise Failure(f"no update was made: {step} steps are hardly more than the prefill; give more --steps")
-
-
-def finish(p: Parts) -> None:
-    """Say what the run gave. Failure if part of that is missing."""
-    evaluator, collector = p.evaluator, p.collector
-    check_learned(p.agent.updates, collector.step)
-    if p.checkpointer.saved_step < collector.step or evaluator.unwritten:
-        raise Failure(f"the last checkpoint or policy.pt of {p.logger.run_dir} was not written: see the warnings above")
-    best = (evaluator.best, evaluator.best_success) if evaluator.best_step >= 0 else None
-    cli.farewell(collector.step, collector.episode, p.agent.updates, best, p.logger)
-    check_complete(evaluator.incomplete)
 
 
 if __name__ == "__main__":

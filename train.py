@@ -279,11 +279,6 @@ TASKS: dict[str, dict[str, Any]] = {  # constants that a task replaces, unless a
 }
 
 
-def defaults(task: str, preset: str) -> dict[str, Any]:
-    """The constants that a task and a preset replace; where both replace one, the preset's value holds."""
-    return TASKS.get(task, {}) | PRESETS[preset]
-
-
 REWARD_MOMENTUM = 0.01  # share of the newest batch in the running size of rewards
 RANGE_MOMENTUM = 0.01  # share of the newest update in the running range of returns
 LOW, HIGH = 0.05, 0.95  # quantiles of the returns, between which their range is taken
@@ -337,7 +332,9 @@ class WorldModel(nn.Module):
         image = self.encoder.preprocess(batch.image)
         post = self.rssm.observe(self.encoder(image), batch.action, batch.is_first, draws)
         prior, feat = self.rssm.prior(post.deter), post.feat
-        decoded, target = self._frames(feat, image, draws)
+        decoded, target = feat, image
+        if c.decode_fraction < 1:  # a random part leaves the mean loss unbiased
+            decoded, target = pick(draws, math.ceil(c.decode_fraction * batch.reward.numel()), feat, image)
         image_dist = self.decoder(self._head_input("decoder", decoded))
         self._measure(batch.reward)
         reward = self.learned_reward(batch.reward)
@@ -420,14 +417,6 @@ class WorldModel(nn.Module):
         share = REWARD_MOMENTUM * finite
         self.reward_square.lerp_(torch.where(finite, square, self.reward_square), share)
         self.reward_known.lerp_(torch.ones_like(square), share)
-
-    def _frames(self, feat: Tensor, image: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        """The frames to decode: all of them, or a random part, which leaves the mean loss unbiased."""
-        if self.config.decode_fraction == 1.0:
-            return feat, image
-        total = feat.shape[0] * feat.shape[1]
-        index = draws.subset(total, math.ceil(self.config.decode_fraction * total), feat.device)
-        return feat.flatten(0, 1)[index], image.flatten(0, 1)[index]
 
     def _head_input(self, name: str, feat: Tensor) -> Tensor:
         return feat if name in self.config.grad_heads else feat.detach()
@@ -532,13 +521,6 @@ class Policy(nn.Module):
         super().__init__()
         self.encoder, self.rssm, self.actor, self.eval_action = encoder, rssm, actor, eval_action
 
-    @classmethod
-    def build(cls, config: Config, image_shape: tuple[int, int, int], action_size: int) -> "Policy":
-        """A freshly initialized policy, for weights that are loaded next."""
-        model = WorldModel(config, image_shape, action_size)
-        actor = Behavior(config, model.rssm.feat_size, action_size).actor
-        return cls(model.encoder, model.rssm, actor, config.eval_action)
-
     def initial(self, batch: int) -> ActState:
         """The state before the first step."""
         latent = self.rssm.initial(batch)
@@ -612,8 +594,7 @@ class Optimizer:
             self.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW, in_a_row, MAX_SKIPPED_IN_A_ROW
         )
         self.steps += 1  # skipped ones too: to leave them out the host would have to wait for the device
-        for group in self.adam.param_groups:
-            group["eps"] = self.eps / math.sqrt(1 - self.BETAS[1] ** self.steps)
+        self.adam.param_groups[0]["eps"] = self.eps / math.sqrt(1 - self.BETAS[1] ** self.steps)
         if self.kernel_clips:
             self.adam.grad_scale = norm.clamp(min=self.clip) / self.clip  # the fused kernel divides gradients by it
             self.adam.found_inf = found_inf  # and skips the step if this is 1
@@ -623,10 +604,6 @@ class Optimizer:
             self.adam.step()
         self.adam.zero_grad(set_to_none=True)
         return norm
-
-    def moments(self) -> list[Tensor]:
-        """Adam's moments of all parameters, of their shapes; none before the first step."""
-        return [state[name] for state in self.adam.state.values() for name in ("exp_avg", "exp_avg_sq")]
 
     def state_dict(self) -> dict:
         """Moments and counters."""
@@ -677,13 +654,9 @@ class Dreamer:
         self.model_optimizer = Optimizer(self.world_model, c.model_lr, c.model_eps, c.model_clip, c.model_decay)
         self.actor_optimizer = Optimizer(self.behavior.actor, c.actor_lr, c.actor_eps, c.actor_clip, c.actor_decay)
         self.value_optimizer = Optimizer(self.behavior.value, c.value_lr, c.value_eps, c.value_clip, c.value_decay)
+        self.optimizers = self.model_optimizer, self.actor_optimizer, self.value_optimizer
         self.draws = Draws()
         self.updates = 0
-
-    @property
-    def optimizers(self) -> tuple[Optimizer, Optimizer, Optimizer]:
-        """The optimizers of the model, the actor and the value."""
-        return self.model_optimizer, self.actor_optimizer, self.value_optimizer
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One update of everything on a batch (T, B, ...) on the agent's device. Returns detached scalars."""
@@ -701,7 +674,9 @@ class Dreamer:
             share = 1.0 if self.updates == 0 else self.config.target_fraction
             move_towards(self.behavior.target_value, self.behavior.value, share)
         self.updates += 1
-        self.update_average()
+        # The plain mean of the first policies, until there are enough for the running average (Polyak and Juditsky,
+        # 1992, average the steps of stochastic gradients): what one of them has forgotten, the others know.
+        move_towards(self.averaged, self.policy, max(1 - self.config.policy_average, 1 / self.updates))
         return metrics
 
     def model_gradients(self, batch: Batch) -> tuple[RSSMState, dict[str, Tensor]]:
@@ -713,42 +688,13 @@ class Dreamer:
 
     def behavior_gradients(self, start: RSSMState, is_terminal: Tensor) -> dict[str, Tensor]:
         """Steps 2 and 3 up to the gradients, from states (N, ...) and is_terminal (N,). Returns metrics."""
-        with self.autocast():
-            actor_loss, value_loss, metrics = self.behavior_loss(start, is_terminal, self.draws)
+        differentiable = self.config.actor_grad != "reinforce"
+        with self.autocast(), frozen(self.world_model):
+            imagined = self.world_model.imagine(self.behavior.actor, start, is_terminal, self.draws, differentiable)
+            actor_loss, value_loss, metrics = self.behavior.loss(imagined, self.draws)
         self.actor_optimizer.backward(actor_loss)
         self.value_optimizer.backward(value_loss)
         return metrics
-
-    def behavior_loss(
-        self, start: RSSMState, is_terminal: Tensor, draws: Draws
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Imagine from `start` (N, ...), terminal or not (N,), in the model as it is: two losses () and metrics."""
-        with frozen(self.world_model):
-            differentiable = self.config.actor_grad != "reinforce"
-            imagined = self.world_model.imagine(self.behavior.actor, start, is_terminal, draws, differentiable)
-            return self.behavior.loss(imagined, draws)
-
-    def update_average(self) -> None:
-        """Move the averaged policy towards the newest one, after an update.
-
-        It is the plain mean of the first policies, until there are enough for the running average (Polyak and Juditsky,
-        1992, average the steps of stochastic gradients): what one of them has forgotten, the others know.
-        """
-        share = max(1 - self.config.policy_average, 1 / self.updates)
-        move_towards(self.averaged, self.policy, share)
-
-    def skipped_in_a_row(self) -> int:
-        """Updates up to now that an optimizer skipped without a break, the most of the three. Waits for the device."""
-        return int(max(float(optimizer.skipped_in_a_row) for optimizer in self.optimizers))
-
-    def non_finite(self) -> str | None:
-        """The name of the first parameter, buffer or optimizer moment with a NaN or infinity. Waits for the device."""
-        named = {f"{name}.{key}": value for name in NETWORKS for key, value in getattr(self, name).state_dict().items()}
-        for name in OPTIMIZERS:
-            named |= {f"{name}.moments[{i}]": value for i, value in enumerate(getattr(self, name).moments())}
-        # Magnitudes, unlike sums, don't overflow; one transfer for all of them.
-        largest = torch.stack([value.abs().max().float() for value in named.values()]).isfinite().tolist()
-        return next((name for name, finite in zip(named, largest, strict=True) if not finite), None)
 
     def act(
         self,
@@ -782,13 +728,18 @@ class Dreamer:
         self.updates = state["updates"]
 
     def _starts(self, post: RSSMState, is_terminal: Tensor) -> tuple[RSSMState, Tensor]:
-        """The posteriors to imagine from, detached: all (T * B, ...) or `imagine_starts` of them."""
-        start, is_terminal = post.detach().map(lambda x: x.flatten(0, 1)), is_terminal.flatten()
-        total, count = len(is_terminal), self.config.imagine_starts
-        if 0 < count < total:
-            index = self.draws.subset(total, count, is_terminal.device)
-            return start.map(lambda x: x[index]), is_terminal[index]
-        return start, is_terminal
+        """The posteriors (T, B, ...) to imagine from: all (T * B, ...) or `imagine_starts` of them."""
+        count = self.config.imagine_starts
+        if not 0 < count < is_terminal.numel():
+            return post.map(lambda x: x.flatten(0, 1)), is_terminal.flatten()
+        *start, is_terminal = pick(self.draws, count, *post, is_terminal)
+        return RSSMState(*start), is_terminal
+
+
+def pick(draws: Draws, count: int, *columns: Tensor) -> list[Tensor]:
+    """`count` different entries of columns (T, B, ...), the same ones of each: (count, ...) each."""
+    index = draws.subset(columns[0].shape[0] * columns[0].shape[1], count, columns[0].device)
+    return [x.flatten(0, 1)[index] for x in columns]
 
 
 def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, bootstrap: Tensor, lambda_: float) -> Tensor:
@@ -830,11 +781,8 @@ def move_towards(follower: nn.Module, module: nn.Module, share: float) -> None:
 @contextlib.contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """Inside, the module's parameters collect no gradient; gradients still pass through it."""
-    params = [p for p in module.parameters() if p.requires_grad]
-    for p in params:
-        p.requires_grad_(False)
+    module.requires_grad_(False)
     try:
         yield
     finally:
-        for p in params:
-            p.requires_grad_(True)
+        module.requires_grad_(True)

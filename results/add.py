@@ -21,9 +21,10 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+from runtime.cli import defaults  # noqa: E402
 from runtime.evaluate import episode_length  # noqa: E402
 from runtime.logger import read_metrics  # noqa: E402
-from train import Config, defaults  # noqa: E402
+from train import Config  # noqa: E402
 
 CURVE = (
     "run",

@@ -19,7 +19,7 @@ import random
 import re
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -32,7 +32,7 @@ from buffer import Episode, ReplayBuffer
 from runtime.cli import marked
 from runtime.console import Failure, UserError, say, told, warn, warn_once
 from runtime.logger import Logger
-from train import MAX_SKIPPED_IN_A_ROW, Config, Dreamer, Policy
+from train import MAX_SKIPPED_IN_A_ROW, Behavior, Config, Dreamer, Policy, WorldModel
 
 NAME = re.compile(r"(?:checkpoint|episode)_(\d+)_([0-9a-f]{16})\.(?:pt|npz)")
 SIMULATION = ("numpy", "mujoco", "robosuite")  # packages on whose releases an episode depends
@@ -387,13 +387,30 @@ def _release(package: str) -> str:
         return "none"
 
 
+def non_finite(agent: Dreamer) -> str:
+    """The name of the agent's first tensor with a NaN or infinity, moments included; nothing if there is none."""
+    named = dict(_tensors(agent.state_dict()))
+    # Magnitudes, unlike sums, don't overflow; one transfer for all of them.
+    largest = torch.stack([x.abs().max().float().to(agent.device) for x in named.values()]).isfinite().tolist()
+    return next((name for name, finite in zip(named, largest, strict=True) if not finite), "")
+
+
+def _tensors(state: dict[Any, Any], above: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors in nested dicts, with their names joined by dots."""
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor):
+            yield f"{above}{name}", value
+        elif isinstance(value, dict):
+            yield from _tensors(value, f"{above}{name}.")
+
+
 def check_finite(agent: Dreamer, step: int) -> int:
     """The number of updates just skipped in a row; Failure if learning has ended. Waits for the device."""
-    skipped, name = agent.skipped_in_a_row(), agent.non_finite()
-    if name is None and skipped >= MAX_SKIPPED_IN_A_ROW:
-        parts = zip(("world model", "actor", "critic"), agent.optimizers, strict=True)
-        name = "the gradient of the " + next(part for part, x in parts if float(x.skipped_in_a_row) == skipped)
-    if name is not None:
+    in_a_row = [int(optimizer.skipped_in_a_row) for optimizer in agent.optimizers]
+    skipped, name = max(in_a_row), non_finite(agent)
+    if not name and skipped >= MAX_SKIPPED_IN_A_ROW:
+        name = "the gradient of the " + ("world model", "actor", "critic")[in_a_row.index(skipped)]
+    if name:
         raise Failure(
             f"step {step}: {name} is not finite ({skipped} updates skipped in a row); "
             "the last checkpoint was saved before that"
@@ -561,7 +578,9 @@ def load_policy(path: str | Path) -> tuple[Policy, Config]:
         if lacking := {*marked("env"), *marked("fixed"), "eval_action"} - saved["config"].keys():
             what = ", ".join(sorted(lacking))  # whose default of today may not be what it was
             raise UserError(f"{path} is no policy file of this release: it lacks {what}")
-        policy = Policy.build(config, saved["image_shape"], saved["action_size"])
+        model = WorldModel(config, saved["image_shape"], saved["action_size"])
+        actor = Behavior(config, model.rssm.feat_size, saved["action_size"]).actor
+        policy = Policy(model.encoder, model.rssm, actor, config.eval_action)
         policy.load_state_dict(saved["weights"])
     except UserError:
         raise

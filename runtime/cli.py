@@ -6,9 +6,7 @@ import functools
 import itertools
 import math
 import os
-import shlex
 import shutil
-import sys
 import textwrap
 import typing
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,8 +20,7 @@ from buffer import ReplayBuffer
 from runtime.console import UserError, say
 from runtime.device import free_memory, pick_device
 from runtime.envs import Envs
-from runtime.logger import Logger
-from train import PRESETS, TASKS, Config, Dreamer, Range, defaults
+from train import PRESETS, TASKS, Config, Dreamer, Range
 
 DESCRIPTION = """\
 Train DreamerV2 on RoboSuite, evaluate what it learned, or draw its curves:
@@ -55,9 +52,6 @@ class Command(typing.NamedTuple):
     given: dict[str, Any]  # the constants among its flags
     eval: Path | None
     report: list[Path]
-
-
-# ---------------------------------------------------------------------------------------------- flags
 
 
 def parse(argv: Sequence[str]) -> Command:
@@ -211,9 +205,6 @@ def check_fits_policy(given: dict[str, Any], config: Config) -> None:
             raise UserError(f"{name} {_text(value)} can't be chosen with --eval: {made}{valid}")
 
 
-# ---------------------------------------------------------------------------------------------- fields
-
-
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -226,6 +217,11 @@ def hints() -> dict[str, Any]:
 def marked(mark: str) -> tuple[str, ...]:
     """Names of the fields that carry a mark: `fixed`, `kept`, `env`."""
     return tuple(name for name, hint in hints().items() if mark in getattr(hint, "__metadata__", ()))
+
+
+def defaults(task: str, preset: str) -> dict[str, Any]:
+    """The constants that a task and a preset replace; where both replace one, the preset's value holds."""
+    return TASKS.get(task, {}) | PRESETS[preset]
 
 
 def env_options(config: Config) -> dict[str, Any]:
@@ -321,9 +317,6 @@ def check_same_run(run_dir: Path, saved: dict[str, Any], config: Config) -> list
     return changes
 
 
-# ---------------------------------------------------------------------------------------------- words
-
-
 def run_dir(config: Config) -> Path:
     """The run folder of a configuration."""
     return _path(config.run_dir or f"runs/{config.task}_{config.preset}_{config.seed}")
@@ -367,7 +360,8 @@ def preflight(
 
 def _say_replay(config: Config, folder: Path, replay: ReplayBuffer) -> None:
     rows = config.steps // config.action_repeat + config.steps // config.episode_steps  # with those of resets
-    need, free = replay.bytes(int(1.1 * rows)), free_memory()  # some episodes are shorter, as tasks may end them
+    need = replay.row_bytes * min(len(replay.image), int(1.1 * rows))  # some episodes are shorter: tasks may end them
+    free = free_memory()
     if replay.image.is_cuda:
         say(f"replay: {replay.image.nbytes / 1e9:.2f} GB of the GPU's memory")
     elif need <= free:
@@ -382,25 +376,6 @@ def _say_replay(config: Config, folder: Path, replay: ReplayBuffer) -> None:
         say(f"replay on disk: up to {need / 1e9:.2f} GB, {shutil.disk_usage(there).free / 1e9:.1f} GB free")
     else:
         say("replay on disk: none; a resumed run fills it anew")
-
-
-def farewell(step: int, episodes: int, updates: int, best: tuple[float, float] | None, logger: Logger) -> None:
-    """Say what a finished run gave, and where it is. `best` are return and success rate of its evaluations."""
-    folder = shlex.quote(str(logger.run_dir))
-    say(f"done: {step} steps, {episodes} episodes, {updates} updates")
-    if best is not None:
-        say(f"best evaluation return {best[0]:.1f}, best success rate {best[1]:.0%}")
-    lines = {
-        "numbers": f"{folder}/metrics.jsonl",
-        "videos": f"{folder}/videos",
-        "curves": f"python run.py --report {folder}",
-    }
-    if best is not None:
-        lines["policy"] = f"python {shlex.quote(sys.argv[0])} --eval {folder}"  # a script of the user's knows its tasks
-    if logger.wandb:
-        lines["W&B"] = f"wandb leet {folder}/wandb" if logger.wandb.offline else logger.wandb.url
-    for name, where in lines.items():
-        say(f"  {name:<8} {where}")
 
 
 def _text(value: Any) -> str:

@@ -86,13 +86,10 @@ class Part:
 
 class FakeAgent(Part):
     device, autocast_dtype = CPU, None
-    skipped, bad = 0, None
 
-    def skipped_in_a_row(self) -> int:
-        return self.skipped
-
-    def non_finite(self) -> str | None:
-        return self.bad
+    def __init__(self, **state):
+        super().__init__(**state)
+        self.optimizers = [SimpleNamespace(skipped_in_a_row=torch.zeros(())) for _ in range(3)]
 
 
 def checkpointer_of(run_dir: Path, agent=None, files: ReplayFiles | None = None) -> Checkpointer:
@@ -290,7 +287,7 @@ def test_right_after_a_skipped_update_the_state_before_it_is_kept(tmp_path, caps
     agent = FakeAgent(weights=torch.zeros(5))
     saver = checkpointer_of(tmp_path, agent)
     saver.hold(10, -1, last=False)
-    agent.skipped = 3
+    agent.optimizers[1].skipped_in_a_row += 3
     saver.hold(20, -1, last=False)
     assert saver.held["step"] == 10
     assert capsys.readouterr().out == "warning: 3 update(s) just skipped for a NaN: the state before that is kept\n"
@@ -303,7 +300,7 @@ def test_what_is_not_finite_ends_the_run_by_its_name(tmp_path):
     agent = FakeAgent(weights=torch.zeros(5))
     saver = checkpointer_of(tmp_path, agent)
     saver.hold(10, -1, last=False)
-    agent.bad = "behavior.actor.out.bias"
+    agent.state |= {"behavior": {"actor.out.bias": torch.tensor([0.0, torch.nan])}}
     with pytest.raises(Failure, match="step 20: behavior.actor.out.bias is not finite"):
         saver.hold(20, -1, last=True)
     assert saver.held["step"] == 10

@@ -368,7 +368,8 @@ def test_environments_that_are_lost_end_the_run(error, words):
 def test_an_action_that_is_not_finite_ends_the_run():
     """The parameter is named, before an environment or the replay has seen the action."""
     policy = Policy(updates=1)
-    policy.skipped_in_a_row, policy.non_finite = lambda: 0, lambda: "behavior.actor.out.bias"
+    policy.optimizers = [SimpleNamespace(skipped_in_a_row=torch.zeros(()))]
+    policy.state_dict = lambda: {"behavior": {"actor.out.bias": torch.tensor([1.0, torch.inf])}, "updates": 1}
     policy.act = lambda image, *_, **__: (torch.full((len(image), 4), torch.nan), Memory(0, torch.zeros(1, 4)))
     with pytest.raises(Failure, match="step 0: behavior.actor.out.bias is not finite"):
         collector_of([[]], policy).act()

@@ -22,8 +22,7 @@ from fast import (
     speed_up,
     use_cuda_graphs,
 )
-from tiny import ACTION_SIZE, image_shape, random_batch, seeded, tiny_config, tiny_dreamer
-from train import Policy
+from tiny import random_batch, seeded, tiny_config, tiny_dreamer
 
 
 @pytest.fixture(autouse=True)
@@ -163,7 +162,7 @@ def test_layers_that_are_swapped(classes, one_hot):
 def test_a_sped_up_policy_acts_as_the_plain_one():
     """A policy without its Dreamer can be sped up too: same names, and actions equal up to rounding."""
     config = tiny_config()
-    plain = Policy.build(config, image_shape(config), ACTION_SIZE)
+    plain = tiny_dreamer(config).policy
     fast = copy.deepcopy(plain)
     speed_up(fast)
     assert isinstance(fast.actor.mlp.dense[0], OneHotLinear) and [*fast.state_dict()] == [*plain.state_dict()]

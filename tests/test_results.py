@@ -13,9 +13,9 @@ import torch
 from env import make_env
 from results import add, plot
 from runtime.checkpoint import load_policy
-from runtime.cli import check_config, marked
+from runtime.cli import check_config, defaults, marked
 from runtime.evaluate import Player, describe, eval_options, open_envs, summarize
-from train import PRESETS, Config, defaults
+from train import PRESETS, Config
 
 RESULTS = Path(__file__).parent.parent / "results"
 TABLES = {  # runs, and where the evaluations of each are

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from buffer import ReplayBuffer, Transition
+from runtime.cli import defaults
 from simulated import build, episode_from_seed
 from tiny import tiny_config
-from train import Config, Dreamer, defaults
+from train import Config, Dreamer
 
 TASKS = [
     "Door",
