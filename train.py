@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from actor import ActionDistribution, Actor
+from actor import Actor, TruncNormal
 from buffer import Batch
 from image_codec import Decoder, Encoder
 from networks import LOG_2PI, Bernoulli, Draws, Head, UnitNormal
@@ -148,8 +148,6 @@ class Config:
     return_lambda: Share = 0.95  # lambda of the lambda-return
     actor_layers: Layers = 4  # hidden layers of the actor
     actor_units: Size = 400  # units of each hidden layer of the actor
-    actor_dist: Fixed[Literal["trunc_normal", "tanh_normal"]] = "trunc_normal"  # distribution of the actions
-    trunc_normal_gradient: Literal["straight_through", "exact"] = "straight_through"  # gradient of trunc_normal samples
     actor_grad: Literal["dynamics", "reinforce", "both"] = "reinforce"  # how the actor's gradient is estimated
     actor_grad_mix: Share = 0.1  # weight of the dynamics gradient if actor_grad is both; the rest is reinforce
     actor_entropy: Weight = 0.01  # weight of the entropy bonus in the first update; above 0 if it decays
@@ -472,14 +470,14 @@ class Behavior(nn.Module):
     def __init__(self, config: Config, feat_size: int, action_size: int):
         super().__init__()
         c = self.config = config
-        self.actor = Actor(feat_size, action_size, c.actor_layers, c.actor_units, c.actor_dist, c.trunc_normal_gradient)
+        self.actor = Actor(feat_size, action_size, c.actor_layers, c.actor_units)
         self.value = Head(feat_size, c.value_layers, c.value_units, UnitNormal)
         self.target_value = copy.deepcopy(self.value).requires_grad_(False)
         self.register_buffer("return_range", torch.zeros(()))
         # This is a tensor because a CUDA graph would freeze a Python number. It follows from the count of updates.
         self.register_buffer("entropy_weight", torch.tensor(float(c.actor_entropy)), persistent=False)
 
-    def loss(self, imagined: Imagination, draws: Draws) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def loss(self, imagined: Imagination) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Actor loss () by equation 6 and value loss () by equation 5 on imagined rollouts, and metrics, () each."""
         c = self.config
         feat, weight = imagined.feat, imagined.weight
@@ -492,7 +490,7 @@ class Behavior(nn.Module):
         # reward too, but a baseline may be any function of the state. The last policy's action only feeds the
         # bootstrap value.
         policy = self.actor.distribution(*(x[:-1] for x in imagined.policy))
-        entropy = policy.entropy(draws)
+        entropy = policy.entropy()
         objective = self._objective(policy, imagined.action[1:-1], returns[1:], target_value[:-2])
         out = imagined.policy[0][:-1].float()  # before tanh
         bonus = self.entropy_weight * entropy
@@ -517,7 +515,7 @@ class Behavior(nn.Module):
         }
         return actor_loss, value_loss, {name: value.detach() for name, value in metrics.items()}
 
-    def _objective(self, policy: ActionDistribution, action: Tensor, returns: Tensor, baseline: Tensor) -> Tensor:
+    def _objective(self, policy: TruncNormal, action: Tensor, returns: Tensor, baseline: Tensor) -> Tensor:
         """What the actor maximizes beside its entropy, (H - 1, N)."""
         c = self.config
         scale = self._return_scale(returns)
@@ -756,7 +754,7 @@ class Dreamer:
         with frozen(self.world_model):
             differentiable = self.config.actor_grad != "reinforce"
             imagined = self.world_model.imagine(self.behavior.actor, start, is_terminal, draws, differentiable)
-            return self.behavior.loss(imagined, draws)
+            return self.behavior.loss(imagined)
 
     def update_average(self) -> None:
         """Move the averaged policy towards the newest one, after an update.
