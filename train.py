@@ -128,7 +128,6 @@ class Config:
     discount_head: Fixed[bool] = True  # learn where episodes terminate; if false, the discount is constant
     grad_heads: Heads = ("decoder", "reward", "discount")  # heads whose gradients shape the latent state
     reward_norm: bool = False  # divide the rewards that the model learns by their root mean square
-    reward_transform: Literal["none", "tanh", "sqrt"] = "none"  # what the model learns of each reward: its tanh or root
     reward_scale: Weight = 100.0  # weight of the reward loss; with reward_norm, 10 is about right
     discount_scale: Weight = 1.0  # weight of the discount loss
     kl_scale: Weight = 1.0  # weight of the KL loss
@@ -287,7 +286,6 @@ REWARD_MOMENTUM = 0.01  # share of the newest batch in the running size of rewar
 RANGE_MOMENTUM = 0.01  # share of the newest update in the running range of returns
 LOW, HIGH = 0.05, 0.95  # quantiles of the returns, between which their range is taken
 LEAST_REWARD = 1e-3  # rewards are divided by at least this much: there may be none but zeros
-ALMOST_ONE = 0.999  # learned rewards are clamped to it before atanh: a prediction may lie beyond 1
 SATURATED = 0.95  # an action beyond it counts as saturated in the metrics
 USED_NATS, USED_VARIANCE = 0.01, 0.01  # above it, a latent tells something about the image (`latents_used`)
 
@@ -400,17 +398,10 @@ class WorldModel(nn.Module):
 
     def learned_reward(self, reward: Tensor) -> Tensor:
         """The environment's rewards (...) as the reward head learns them (...): divided by their size, if so asked."""
-        reward = reward / self.reward_size()
-        if self.config.reward_transform == "tanh":
-            return reward.tanh()
-        return reward.sign() * reward.abs().sqrt() if self.config.reward_transform == "sqrt" else reward
+        return reward / self.reward_size()
 
     def true_reward(self, learned: Tensor) -> Tensor:
         """The environment's rewards (...) that `learned_reward` would turn into these."""
-        if self.config.reward_transform == "tanh":
-            learned = learned.clamp(-ALMOST_ONE, ALMOST_ONE).atanh()
-        if self.config.reward_transform == "sqrt":
-            learned = learned * learned.abs()
         return learned * self.reward_size()
 
     def reward_size(self) -> Tensor:

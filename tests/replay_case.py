@@ -17,7 +17,7 @@ from actor import Actor, TruncNormal
 from buffer import Batch
 from distributions import OneHot, TanhNormal
 from fast import speed_up
-from recorded_config import actor_of, config_of
+from recorded_config import actor_of, config_of, model_of
 from recording import Recording, Replay, from_their_layout, refuse, to_their_layout
 from rssm import stack
 from train import Config, Dreamer
@@ -134,7 +134,7 @@ def batch_of(recording: Recording) -> Batch:
 def build(recording: Recording, config: Config, batch: Batch, overlay: bool) -> Dreamer:
     """An agent with the recorded weights; `overlay` speeds it up."""
     _, _, channels, height, width = batch.image.shape
-    with mock.patch.object(train, "Actor", actor_of(recording)):
+    with mock.patch.multiple(train, Actor=actor_of(recording), WorldModel=model_of(recording)):
         dreamer = Dreamer(config, (channels, height, width), batch.action.shape[-1])
     dreamer.updates = recording.entry("slow_target_updates_at_start")
     with torch.no_grad():
