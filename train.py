@@ -286,7 +286,6 @@ REWARD_MOMENTUM = 0.01  # share of the newest batch in the running size of rewar
 RANGE_MOMENTUM = 0.01  # share of the newest update in the running range of returns
 LOW, HIGH = 0.05, 0.95  # quantiles of the returns, between which their range is taken
 LEAST_REWARD = 1e-3  # rewards are divided by at least this much: there may be none but zeros
-SATURATED = 0.95  # an action beyond it counts as saturated in the metrics
 USED_NATS, USED_VARIANCE = 0.01, 0.01  # above it, a latent tells something about the image (`latents_used`)
 
 
@@ -502,7 +501,6 @@ class Behavior(nn.Module):
             "behavior/imagined_reward_std": imagined.reward.std(correction=0),
             "behavior/action_mean": imagined.action[1:].mean(),
             "behavior/action_std": imagined.action[1:].std(correction=0),
-            "behavior/action_saturated": (imagined.action[1:].detach().abs() > SATURATED).float().mean(),
         }
         return actor_loss, value_loss, {name: value.detach() for name, value in metrics.items()}
 
