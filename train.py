@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from actor import ActionDistribution, Actor
+from actor import Actor, TruncNormal
 from buffer import Batch
 from image_codec import Decoder, Encoder
 from networks import LOG_2PI, Bernoulli, Draws, Head, UnitNormal
@@ -128,7 +128,6 @@ class Config:
     discount_head: Fixed[bool] = True  # learn where episodes terminate; if false, the discount is constant
     grad_heads: Heads = ("decoder", "reward", "discount")  # heads whose gradients shape the latent state
     reward_norm: bool = False  # divide the rewards that the model learns by their root mean square
-    reward_transform: Literal["none", "tanh", "sqrt"] = "none"  # what the model learns of each reward: its tanh or root
     reward_scale: Weight = 100.0  # weight of the reward loss; with reward_norm, 10 is about right
     discount_scale: Weight = 1.0  # weight of the discount loss
     kl_scale: Weight = 1.0  # weight of the KL loss
@@ -148,8 +147,6 @@ class Config:
     return_lambda: Share = 0.95  # lambda of the lambda-return
     actor_layers: Layers = 4  # hidden layers of the actor
     actor_units: Size = 400  # units of each hidden layer of the actor
-    actor_dist: Fixed[Literal["trunc_normal", "tanh_normal"]] = "trunc_normal"  # distribution of the actions
-    trunc_normal_gradient: Literal["straight_through", "exact"] = "straight_through"  # gradient of trunc_normal samples
     actor_grad: Literal["dynamics", "reinforce", "both"] = "reinforce"  # how the actor's gradient is estimated
     actor_grad_mix: Share = 0.1  # weight of the dynamics gradient if actor_grad is both; the rest is reinforce
     actor_entropy: Weight = 0.01  # weight of the entropy bonus in the first update; above 0 if it decays
@@ -283,8 +280,6 @@ REWARD_MOMENTUM = 0.01  # share of the newest batch in the running size of rewar
 RANGE_MOMENTUM = 0.01  # share of the newest update in the running range of returns
 LOW, HIGH = 0.05, 0.95  # quantiles of the returns, between which their range is taken
 LEAST_REWARD = 1e-3  # rewards are divided by at least this much: there may be none but zeros
-ALMOST_ONE = 0.999  # learned rewards are clamped to it before atanh: a prediction may lie beyond 1
-SATURATED = 0.95  # an action beyond it counts as saturated in the metrics
 USED_NATS, USED_VARIANCE = 0.01, 0.01  # above it, a latent tells something about the image (`latents_used`)
 
 
@@ -391,17 +386,10 @@ class WorldModel(nn.Module):
 
     def learned_reward(self, reward: Tensor) -> Tensor:
         """The environment's rewards (...) as the reward head learns them (...): divided by their size, if so asked."""
-        reward = reward / self.reward_size()
-        if self.config.reward_transform == "tanh":
-            return reward.tanh()
-        return reward.sign() * reward.abs().sqrt() if self.config.reward_transform == "sqrt" else reward
+        return reward / self.reward_size()
 
     def true_reward(self, learned: Tensor) -> Tensor:
         """The environment's rewards (...) that `learned_reward` would turn into these."""
-        if self.config.reward_transform == "tanh":
-            learned = learned.clamp(-ALMOST_ONE, ALMOST_ONE).atanh()
-        if self.config.reward_transform == "sqrt":
-            learned = learned * learned.abs()
         return learned * self.reward_size()
 
     def reward_size(self) -> Tensor:
@@ -431,14 +419,14 @@ class Behavior(nn.Module):
     def __init__(self, config: Config, feat_size: int, action_size: int):
         super().__init__()
         c = self.config = config
-        self.actor = Actor(feat_size, action_size, c.actor_layers, c.actor_units, c.actor_dist, c.trunc_normal_gradient)
+        self.actor = Actor(feat_size, action_size, c.actor_layers, c.actor_units)
         self.value = Head(feat_size, c.value_layers, c.value_units, UnitNormal)
         self.target_value = copy.deepcopy(self.value).requires_grad_(False)
         self.register_buffer("return_range", torch.zeros(()))
         # This is a tensor because a CUDA graph would freeze a Python number. It follows from the count of updates.
         self.register_buffer("entropy_weight", torch.tensor(float(c.actor_entropy)), persistent=False)
 
-    def loss(self, imagined: Imagination, draws: Draws) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def loss(self, imagined: Imagination) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Actor loss () by equation 6 and value loss () by equation 5 on imagined rollouts, and metrics, () each."""
         c = self.config
         feat, weight = imagined.feat, imagined.weight
@@ -451,7 +439,7 @@ class Behavior(nn.Module):
         # reward too, but a baseline may be any function of the state. The last policy's action only feeds the
         # bootstrap value.
         policy = self.actor.distribution(*(x[:-1] for x in imagined.policy))
-        entropy = policy.entropy(draws)
+        entropy = policy.entropy()
         objective = self._objective(policy, imagined.action[1:-1], returns[1:], target_value[:-2])
         out = imagined.policy[0][:-1].float()  # before tanh
         bonus = self.entropy_weight * entropy
@@ -472,11 +460,10 @@ class Behavior(nn.Module):
             "behavior/imagined_reward_std": imagined.reward.std(correction=0),
             "behavior/action_mean": imagined.action[1:].mean(),
             "behavior/action_std": imagined.action[1:].std(correction=0),
-            "behavior/action_saturated": (imagined.action[1:].detach().abs() > SATURATED).float().mean(),
         }
         return actor_loss, value_loss, {name: value.detach() for name, value in metrics.items()}
 
-    def _objective(self, policy: ActionDistribution, action: Tensor, returns: Tensor, baseline: Tensor) -> Tensor:
+    def _objective(self, policy: TruncNormal, action: Tensor, returns: Tensor, baseline: Tensor) -> Tensor:
         """What the actor maximizes beside its entropy, (H - 1, N)."""
         c = self.config
         scale = self._return_scale(returns)
@@ -691,7 +678,7 @@ class Dreamer:
         differentiable = self.config.actor_grad != "reinforce"
         with self.autocast(), frozen(self.world_model):
             imagined = self.world_model.imagine(self.behavior.actor, start, is_terminal, self.draws, differentiable)
-            actor_loss, value_loss, metrics = self.behavior.loss(imagined, self.draws)
+            actor_loss, value_loss, metrics = self.behavior.loss(imagined)
         self.actor_optimizer.backward(actor_loss)
         self.value_optimizer.backward(value_loss)
         return metrics

@@ -359,7 +359,7 @@ def _warn_of_task(config: Config, reward: np.ndarray, terminated: np.ndarray) ->
         why = "the task ends episodes itself, but the model learns that only in a new run with --discount_head true"
         warn_once("ends", why)
     largest = np.abs(reward).max(initial=0.0) / config.action_repeat
-    if largest > LARGE_REWARD and not config.reward_norm and config.reward_transform != "tanh":
+    if largest > LARGE_REWARD and not config.reward_norm:
         why = "the presets are made for at most 1, and --reward_norm true --reward_scale 10 divides them"
         warn_once("rewards", f"a control step has a reward of {largest:g}: {why}")
 

@@ -70,7 +70,6 @@ SECTIONS = {
         Panel("Imagined reward a step", {"behavior/imagined_reward": ""}),
         Panel("Policy entropy, nats", {"behavior/entropy": ""}),
         Panel("Actions in imagination", {"behavior/action_mean": "mean", "behavior/action_std": "spread"}),
-        Panel("Share of saturated actions", {"behavior/action_saturated": ""}, share=True),
         Panel("Actor's outputs before tanh", {"behavior/actor_output": ""}),
         Panel("Actor loss", {"behavior/actor_loss": ""}),
         Panel("Value loss", {"behavior/value_loss": ""}),

@@ -1,10 +1,12 @@
 """The settings of a recorded case as a `Config`; what the project can't do is refused by name."""
 
-from actor import DISTRIBUTIONS
+from torch import Tensor
+
+from actor import Actor
+from distributions import ACTORS, OneHot
 from image_codec import DECODER_KERNELS, ENCODER_KERNELS
-from onehot import OneHot
 from recording import Recording, refuse
-from train import PRESETS, Config
+from train import PRESETS, Config, WorldModel
 
 # The recorded numbers and switches, and our names for them.
 NUMBERS = {
@@ -72,14 +74,9 @@ FIXED_SETTINGS |= {f"{network}.act": "elu" for network in NETWORKS}
 FIXED_SETTINGS |= {f"{network}.norm": "none" for network in NETWORKS}
 FIXED_SETTINGS |= {f"{name}_opt.opt": "adam" for name in ("model", "actor", "critic")}
 # These may be "auto"; what that came to is recorded beside them.
-RESOLVED_SETTINGS = {"actor.dist": "actor_dist", "actor_grad": "actor_grad"}
+RESOLVED_SETTINGS = {"actor.dist": "effective_actor_dist", "actor_grad": "effective_actor_grad"}
 
-CHOICES = {
-    "reward_transform": ("none", "tanh"),
-    "trunc_normal_gradient": ("straight_through", "exact"),
-    "actor_dist": tuple(DISTRIBUTIONS),
-    "actor_grad": ("dynamics", "reinforce", "both"),
-}
+ACTOR_GRADS = ("dynamics", "reinforce", "both")
 
 # Entries of a recording's json beside its settings: what a replay needs, and what is told for information.
 ENTRIES = {
@@ -119,20 +116,38 @@ def config_of(recording: Recording) -> Config:
     require(settings["encoder.cnn_depth"] == fields["cnn_depth"], "config.encoder.cnn_depth", "of its own")
     fields["grad_heads"] = tuple(settings["grad_heads"])
     require(set(fields["grad_heads"]) <= HEADS, "config.grad_heads", fields["grad_heads"])
-    choices = {
-        "reward_transform": ("config.clip_rewards", settings["clip_rewards"].replace("identity", "none")),
-        "trunc_normal_gradient": ("trunc_normal_sample_gradient", info["trunc_normal_sample_gradient"]),
-        "actor_dist": ("effective_actor_dist", info["effective_actor_dist"]),
-        "actor_grad": ("effective_actor_grad", info["effective_actor_grad"]),
-    }
-    for field, (name, value) in choices.items():
-        require(value in CHOICES[field], name, value)
-        fields[field] = value
-    for name, field in RESOLVED_SETTINGS.items():
-        require(settings[name] in ("auto", fields[field]), f"config.{name}", settings[name])
+    fields["actor_grad"] = info["effective_actor_grad"]
+    require(fields["actor_grad"] in ACTOR_GRADS, "effective_actor_grad", fields["actor_grad"])
+    require(settings["clip_rewards"] in MODELS, "config.clip_rewards", settings["clip_rewards"])
+    for name, resolved in RESOLVED_SETTINGS.items():
+        require(settings[name] in ("auto", info[resolved]), f"config.{name}", settings[name])
     discrete = info["discrete_action"]
-    require(discrete == (DISTRIBUTIONS[fields["actor_dist"]] is OneHot), "discrete_action", discrete)
+    require(discrete == (actor_of(recording).distribution is OneHot), "discrete_action", discrete)
     return Config(**fields)
+
+
+def actor_of(recording: Recording) -> type[Actor]:
+    """The kind of actor with the recorded distribution of actions."""
+    names = "effective_actor_dist", "trunc_normal_sample_gradient"
+    asked = recording.entry(names[0]), recording.entry(names[1])
+    if asked not in ACTORS:
+        refuse(f"{recording.name}.json: the project has no {' and '.join(names)} {asked!r}")
+    return ACTORS[asked]
+
+
+class TanhRewards(WorldModel):
+    """Learns tanh of the rewards, as the author does in Atari."""
+
+    def learned_reward(self, reward: Tensor) -> Tensor:
+        return super().learned_reward(reward).tanh()
+
+
+MODELS = {"identity": WorldModel, "tanh": TanhRewards}
+
+
+def model_of(recording: Recording) -> type[WorldModel]:
+    """The kind of world model with the recorded rewards."""
+    return MODELS[recording.entry("config")["clip_rewards"]]
 
 
 def check_names(recording: Recording, settings: dict) -> None:

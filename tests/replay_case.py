@@ -6,15 +6,18 @@ Nothing of the agent is reimplemented here. What is compared is noted down while
 import copy
 import re
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from actor import Actor
+import train
+from actor import Actor, TruncNormal
 from buffer import Batch
+from distributions import OneHot, TanhNormal
 from fast import speed_up
-from recorded_config import config_of
+from recorded_config import actor_of, config_of, model_of
 from recording import Recording, Replay, from_their_layout, refuse, to_their_layout
 from rssm import stack
 from runtime.predict import open_loop
@@ -132,7 +135,8 @@ def batch_of(recording: Recording) -> Batch:
 def build(recording: Recording, config: Config, batch: Batch, overlay: bool) -> Dreamer:
     """An agent with the recorded weights; `overlay` speeds it up."""
     _, _, channels, height, width = batch.image.shape
-    dreamer = Dreamer(config, (channels, height, width), batch.action.shape[-1])
+    with mock.patch.multiple(train, Actor=actor_of(recording), WorldModel=model_of(recording)):
+        dreamer = Dreamer(config, (channels, height, width), batch.action.shape[-1])
     dreamer.updates = recording.entry("slow_target_updates_at_start")
     with torch.no_grad():
         for name, parameter in named_parameters(dreamer).items():
@@ -192,18 +196,18 @@ def batch_first(draws: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
     return [(draws[0][0], x) for x in torch.stack([x for _, x in draws], 1)]
 
 
-def update_draws(recording: Recording, config: Config, update: int, batch: int) -> Replay:
+def update_draws(recording: Recording, config: Config, distribution: Any, update: int, batch: int) -> Replay:
     """The draws of a whole `train_step`, in its order: posteriors; action and state of each step; entropy."""
     prefix = f"step{update}/draw"
     posts = batch_first(latent_draws(recording, f"{prefix}/post", config.classes))
     states = latent_draws(recording, f"{prefix}/imag", config.classes)[-config.horizon :]
-    kind = config.actor_dist
+    kind = "onehot" if distribution is OneHot else "trunc_normal"
     actions = recording.array(f"{prefix}/imag_action")[1:]
-    if kind == "tanh_normal":
+    if distribution is TanhNormal:
         kind, actions = "normal", recording.array(f"{prefix}/imag_action_eps")
     imagination = [draw for a, state in zip(actions, states, strict=True) for draw in ((kind, a), state)]
     entropy = []
-    if config.actor_dist == "tanh_normal":
+    if distribution is TanhNormal:
         entropy = [("normal", starts_time_first(recording.array(f"{prefix}/entropy_eps"), batch, axis=2))]
     return Replay(posts + [(kind, starts_time_first(x, batch)) for kind, x in imagination] + entropy)
 
@@ -228,8 +232,9 @@ def replay_case(recording: Recording, overlay: bool) -> None:
     dreamer = build(recording, config, batch, overlay)
     old_actor, watch = copy.deepcopy(dreamer.behavior.actor), Watch(dreamer)
     for update in range(3):
-        dreamer.draws = update_draws(recording, config, update, batch.action.shape[1])
-        metrics = dreamer.train_step(batch)
+        dreamer.draws = update_draws(recording, config, old_actor.distribution, update, batch.action.shape[1])
+        with mock.patch.object(TanhNormal, "draws", dreamer.draws):
+            metrics = dreamer.train_step(batch)
         dreamer.draws.finish()
         if update == 0:
             compare_world_model(recording, config, watch)
@@ -312,15 +317,15 @@ def compare_imagination(recording: Recording, config: Config, watch: Watch, acto
     last = actor.raw(imagined.feat[-1:])
     raw = [torch.cat(pair) for pair in zip(imagined.policy, last, strict=True)]
     policy: Any = actor.distribution(*raw)
-    if config.actor_dist == "onehot":
+    if actor.distribution is OneHot:
         compare("policy_logit", policy.logit)
     else:
         compare("policy_mean", policy.loc)
         compare("policy_std", policy.std)
-    if config.actor_dist == "trunc_normal":
+    if isinstance(policy, TruncNormal):
         compare("policy_mode", policy.mode)
-    if config.actor_dist != "tanh_normal":
-        compare("policy_entropy", policy.entropy(Replay([]))[:-2])
+    if not isinstance(policy, TanhNormal):
+        compare("policy_entropy", policy.entropy()[:-2])
 
 
 def compare_metrics(recording: Recording, config: Config, update: int, metrics: dict[str, Tensor]) -> None:
@@ -362,7 +367,7 @@ def compare_weights(recording: Recording, config: Config, dreamer: Dreamer, upda
 
 def replay_acting(recording: Recording, config: Config, dreamer: Dreamer) -> None:
     """Evaluation in several environments: sampled latents, the mode of the action, resets in between."""
-    if config.actor_dist == "tanh_normal":
+    if dreamer.behavior.actor.distribution is TanhNormal:
         # The author's mode is the likeliest of 100 samples, which are not recorded; ours is a closed form.
         refuse("policy/action: the mode of a tanh_normal policy is not the author's")
     image, is_first = recording.arrays_below("policy", "image is_first")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from actor import ExactTruncNormal, TanhNormal, TruncNormal
+from actor import TruncNormal
+from distributions import ExactTruncNormal, OneHot, TanhNormal
 from networks import Bernoulli, Draws, UnitNormal
-from onehot import OneHot
 from recording import Recording, Replay, from_their_layout, refuse, to_their_layout
 from replay_case import named_parameters, optimizer_of
 from rssm import RSSM, GRUCell, kl_loss
@@ -64,7 +64,7 @@ def replay_onehot(recording: Recording) -> None:
         gradient = torch.autograd.grad((ours * coef).sum(), logit, retain_graph=True)[0]
         recording.compare("onehot/grad_logit", gradient, "gradient", f"onehot/grad_logit, {user}")
     recording.compare("onehot/mode", policy.mode, "forward")
-    recording.compare("onehot/entropy", policy.entropy(Replay([])).sum(-1), "forward", "onehot/entropy, action")
+    recording.compare("onehot/entropy", policy.entropy().sum(-1), "forward", "onehot/entropy, action")
     recording.compare("onehot/entropy", rssm.entropy(logit), "forward", "onehot/entropy, latent")
     sample.requires_grad_()
     log_prob = policy.log_prob(sample).sum(-1)
@@ -122,7 +122,7 @@ def replay_trunc_normal(recording: Recording) -> None:
     out, std, sample, coef = recording.arrays_below(part, "raw_out raw_std sample coef")
     raw = out.requires_grad_(), std.requires_grad_()
     dist = TruncNormal(*raw)
-    entropy, log_prob = dist.entropy(Replay([])), dist.log_prob(sample.requires_grad_())
+    entropy, log_prob = dist.entropy(), dist.log_prob(sample.requires_grad_())
     compare_parts(recording, part, mean=dist.loc, std=dist.std, mode=dist.mode, entropy=entropy)
     ours = dist.rsample(Replay([("trunc_normal", sample.detach())]))
     compare_parts(recording, part, sample=ours, log_prob_of_sample=log_prob)

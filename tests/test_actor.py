@@ -5,15 +5,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from actor import DISTRIBUTIONS, SAMPLE_MARGIN, Actor, ExactTruncNormal, TanhNormal, TruncNormal
+from actor import SAMPLE_MARGIN, TruncNormal
+from distributions import ACTORS, ExactTruncNormal, OneHot, OneHotActor, TanhNormal
 from networks import Draws
-from onehot import OneHot
 from tiny import seeded
 
 MEANS = torch.tensor([-0.999, -0.7, 0.0, 0.3, 0.95])
 STDS = torch.tensor([0.11, 0.4, 1.1, 2.0])
 CONTINUOUS = {"trunc_normal": TruncNormal, "exact": ExactTruncNormal, "tanh_normal": TanhNormal}
 continuous = pytest.mark.parametrize("build", CONTINUOUS.values(), ids=CONTINUOUS)
+kinds = pytest.mark.parametrize("kind", ACTORS.values())
+
+
+@pytest.fixture(autouse=True)
+def draws_of_the_squashed_gaussian(monkeypatch) -> None:
+    """Its entropy is sampled."""
+    monkeypatch.setattr(TanhNormal, "draws", seeded())
 
 
 class Fixed(Draws):
@@ -61,8 +68,8 @@ def test_samples_within_bounds_with_finite_log_prob(build):
     draws = seeded()
     action = torch.stack([dist.rsample(draws) for _ in range(200)])
     assert (action.abs() <= 1).all() and (dist.mode.abs() <= 1).all()
-    assert dist.log_prob(action).isfinite().all() and dist.entropy(seeded()).isfinite().all()
-    loss = action.sum() + dist.log_prob(action.detach()).sum() + dist.entropy(seeded()).sum()
+    assert dist.log_prob(action).isfinite().all() and dist.entropy().isfinite().all()
+    loss = action.sum() + dist.log_prob(action.detach()).sum() + dist.entropy().sum()
     assert all(g.isfinite().all() for g in torch.autograd.grad(loss, (out, raw_std)))
 
 
@@ -93,7 +100,7 @@ def test_trunc_normal_entropy():
     """The truncated normal's entropy equals -E log p by quadrature."""
     dist, grid = trunc_normal(*every_pair()), torch.linspace(-1, 1, 8001)
     logp = dist.log_prob(grid[:, None, None])
-    assert torch.allclose(dist.entropy(seeded()).double(), -integral(logp.exp() * logp, grid), atol=1e-4)
+    assert torch.allclose(dist.entropy().double(), -integral(logp.exp() * logp, grid), atol=1e-4)
 
 
 def test_tanh_normal_entropy():
@@ -101,7 +108,7 @@ def test_tanh_normal_entropy():
     out, raw_std, x = torch.tensor([0.7]), torch.tensor([0.2]), torch.linspace(-8, 8, 8001)
     logp = TanhNormal(out, raw_std).log_prob(x.tanh()[:, None])
     expected = -integral(logp.exp() * logp * (1 - x.tanh().square()), x)
-    entropy = TanhNormal(out.expand(4000, 1), raw_std.expand(4000, 1)).entropy(seeded())
+    entropy = TanhNormal(out.expand(4000, 1), raw_std.expand(4000, 1)).entropy()
     assert abs(entropy.mean().item() - expected.item()) < 0.01
 
 
@@ -117,24 +124,24 @@ def test_samples_follow_log_prob(build):
     assert (expected - torch.linspace(0, 1, count)).abs().max() < 1.95 / math.sqrt(count)
 
 
-@pytest.mark.parametrize("dist", DISTRIBUTIONS)
-def test_actions_are_independent(dist):
+@kinds
+def test_actions_are_independent(kind):
     """log_prob and entropy of several actions are sums over them, except that a one-hot is one action."""
     torch.manual_seed(0)
-    actor = Actor(feat_size=5, action_size=4, layers=1, units=8, dist=dist, sample_gradient="exact")
+    actor = kind(feat_size=5, action_size=4, layers=1, units=8)
     raw = actor.raw(torch.randn(6, 5))
     whole = actor.distribution(*raw)
     action = whole.rsample(seeded())
-    assert whole.log_prob(action).shape == whole.entropy(seeded()).shape == (6,)
-    if dist == "onehot":
+    assert whole.log_prob(action).shape == whole.entropy().shape == (6,)
+    if kind is OneHotActor:
         assert torch.allclose(whole.log_prob(action), raw[0].log_softmax(-1)[action.bool()])
         return
     parts = [actor.distribution(*(x[:, i : i + 1] for x in raw)) for i in range(4)]
     joint = sum(part.log_prob(action[:, i : i + 1]) for i, part in enumerate(parts))
     assert torch.allclose(whole.log_prob(action), joint, atol=1e-5)
-    if dist == "trunc_normal":  # the other's is sampled
-        entropy = sum(part.entropy(seeded()) for part in parts)
-        assert torch.allclose(whole.entropy(seeded()), entropy, atol=1e-5)
+    if isinstance(whole, TruncNormal):  # the other's is sampled
+        entropy = sum(part.entropy() for part in parts)
+        assert torch.allclose(whole.entropy(), entropy, atol=1e-5)
 
 
 def sample_with_gradients(gradient: str, uniform: float) -> tuple[Tensor, ...]:
@@ -225,15 +232,15 @@ def test_onehot_gradient_is_that_of_the_probabilities():
 
 def test_onehot_entropy():
     """A one-hot's entropy is log A for equal logits and near zero for a sure choice."""
-    entropy = OneHot(torch.tensor([[1.0, 1.0, 1.0], [90.0, 0.0, 0.0]])).entropy(seeded())
+    entropy = OneHot(torch.tensor([[1.0, 1.0, 1.0], [90.0, 0.0, 0.0]])).entropy()
     assert torch.allclose(entropy, torch.tensor([math.log(3), 0.0]), atol=1e-6)
 
 
-@pytest.mark.parametrize("dist", DISTRIBUTIONS)
-def test_stacked_raw_parameters_make_the_same_distributions(dist):
+@kinds
+def test_stacked_raw_parameters_make_the_same_distributions(kind):
     """Distributions of stacked raw parameters are the stacked distributions, in float32 under autocast too."""
     torch.manual_seed(0)
-    actor = Actor(feat_size=5, action_size=2, layers=1, units=8, dist=dist, sample_gradient="exact")
+    actor = kind(feat_size=5, action_size=2, layers=1, units=8)
     feats = torch.randn(3, 4, 5)
     raws = [actor.raw(feat) for feat in feats]
     stacked = actor.distribution(*(torch.stack(x) for x in zip(*raws, strict=True)))
@@ -242,4 +249,4 @@ def test_stacked_raw_parameters_make_the_same_distributions(dist):
     with torch.autocast("cpu", torch.bfloat16):
         lowered = actor(feats)
         action = lowered.rsample(seeded())
-    assert action.dtype == lowered.log_prob(action).dtype == lowered.entropy(seeded()).dtype == torch.float32
+    assert action.dtype == lowered.log_prob(action).dtype == lowered.entropy().dtype == torch.float32

@@ -356,7 +356,7 @@ def test_an_edited_constant_of_the_wrong_type_is_refused(change):
         ("--capacity 3", ["capacity", "3", "prefill"]),
         ("--steps 10", ["steps", "10", "prefill"]),
         ("--preset debug --steps 60", ["steps 60", "prefill 60", "60 control steps"]),
-        ("--actor_dist onehot", ["actor_dist", "onehot", "trunc_normal"]),
+        ("--actor_grad none", ["actor_grad", "none", "reinforce"]),
         ("--grad_heads decoder rewards", ["grad_heads", "rewards", "discount"]),
         ("--eval /no/such/run", ["/no/such/run"]),
         ("--report /no/such/run", ["/no/such/run"]),
@@ -482,7 +482,7 @@ def test_rotations_decide_a_run_only_if_there_are_any():
 @pytest.mark.parametrize("name", [*cli.marked("fixed"), *cli.marked("kept")])
 def test_what_weights_or_episodes_depend_on_is_fixed(name, capsys):
     """Each field marked `fixed` or `kept` is refused with both values where a run goes on; equal ones are taken."""
-    other = {"image_size": 128, "actor_dist": "tanh_normal", "cameras": ("sideview",), "rotation_scale": 0.5}
+    other = {"image_size": 128, "cameras": ("sideview",), "rotation_scale": 0.5}
     value = getattr(Config(), name)
     saved = dataclasses.asdict(Config())
     saved[name] = other.get(name, not value if isinstance(value, bool) else f"{value}_" if value == str(value) else 77)

@@ -40,7 +40,7 @@ class TestCUDA(unittest.TestCase):
     configs = (
         tiny_config(target_every=3),
         tiny_config(decode_fraction=0.5, imagine_starts=7, return_norm=True, reward_norm=True, discount_head=False),
-        tiny_config(actor_grad="both", actor_dist="tanh_normal", classes=0),
+        tiny_config(actor_grad="both", classes=0),
     )
 
     def test_gradients_equal_those_of_the_cpu(self):

@@ -111,7 +111,7 @@ def test_a_decoder_layer_is_a_transposed_convolution(overlay, kernel, side, dtyp
         dict(),
         dict(image_size=128, batch_size=2, batch_length=3),
         dict(decode_fraction=0.5, imagine_starts=7, discount_head=False),
-        dict(actor_grad="both", actor_dist="tanh_normal", classes=0),
+        dict(actor_grad="both", classes=0),
         dict(stoch=2, classes=300),
         dict(reward_layers=0, discount_layers=0, actor_layers=0, value_layers=0),
     ],
@@ -198,7 +198,7 @@ class Operations(TorchDispatchMode):
     params=[
         dict(),
         dict(decode_fraction=0.5, imagine_starts=7, return_norm=True, discount_head=False),
-        dict(actor_grad="both", actor_dist="tanh_normal", classes=0),
+        dict(actor_grad="both", classes=0),
     ],
     ids=["standard", "cpu", "gaussian"],
 )
@@ -288,7 +288,7 @@ def fake_graphs(monkeypatch):
     [
         dict(target_every=2),
         dict(decode_fraction=0.5, imagine_starts=7, discount_head=False),
-        dict(actor_grad="both", actor_dist="tanh_normal", classes=0),
+        dict(actor_grad="both", classes=0),
         dict(actor_grad="reinforce", reward_norm=True),
     ],
     ids=["standard", "cpu", "gaussian", "reinforce"],
