@@ -16,15 +16,13 @@ stays as long as the environment.
 
 import contextlib
 import logging
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import gymnasium
 import numpy as np
 
-from render import Renderer, gl_backend, has_library, import_rendering
+from render import Renderer, aim, import_simulator
 
 logging.getLogger("robosuite_logs").disabled = True  # RoboSuite logs when it is imported
 
@@ -44,7 +42,6 @@ MAKE_OPTIONS = {  # of robosuite.make
     "ignore_done": True,  # the time limit is ours: what is left of `done` is a task that ends itself
     "hard_reset": False,  # milliseconds instead of seconds, and no leak
 }
-WORKPLACE_DROP = 0.1  # meters from the hand's first place down to where aimed cameras look
 RESTORED_BYTES = 1 << 20  # a reset restores the model's arrays below this size; above are meshes and textures
 
 
@@ -103,7 +100,7 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         _check_rates(control_freq, physics_step)
         _check_controller(controller, rotation_scale)
         _check_cameras(cameras, camera_radius)
-        mujoco, robosuite = _import_simulator()
+        mujoco, robosuite = import_simulator()
         _check_names(task, robot)
         super().reset(seed=int(seed))
 
@@ -132,7 +129,7 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             self._task._pre_action = _HeldGoal(mujoco, self._task)
         camera_ids = _camera_ids(sim.model, cameras)
         if camera_radius:
-            _aim(mujoco, self._task, camera_ids, camera_radius)
+            aim(mujoco, self._task, camera_ids, camera_radius)
         self._pristine = _snapshot(sim.model._model)
         self._renderer = Renderer(mujoco, sim.model._model, sim.data._data, camera_ids, image_size)
 
@@ -242,21 +239,6 @@ def _has_begun_anew(data: Any) -> bool:
 
     kinds = mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC
     return any(data.warning[kind].number for kind in kinds)
-
-
-def _import_simulator() -> tuple[Any, Any]:
-    """Returns (mujoco, robosuite), imported without a word, with os.environ set up for rendering."""
-    os.environ.update(gl_backend(sys.platform, os.environ, has_library))
-    # RoboSuite refuses a MUJOCO_EGL_DEVICE_ID that isn't in CUDA_VISIBLE_DEVICES, and overwrites MUJOCO_GL.
-    before = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "MUJOCO_GL")}
-    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-    try:
-        return import_rendering("mujoco"), import_rendering("robosuite")
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
 
 
 def _is_robosuites(task: type) -> bool:
@@ -398,31 +380,6 @@ def _camera_ids(model: Any, cameras: Sequence[str]) -> list[int]:
         if camera not in model.camera_names:
             raise ValueError(f"cameras: unknown {camera!r}: use some of {', '.join(model.camera_names)}")
     return [model.camera_name2id(camera) for camera in cameras]
-
-
-def _aim(mujoco: Any, task: Any, camera_ids: Sequence[int], radius: float) -> None:
-    """Turns the standing cameras to the place below the hand's first one, and narrows them to `radius` around it."""
-    model, robot = task.sim.model._model, task.robots[0]
-    data = mujoco.MjData(model)  # the arm's own first pose: a reset has moved it a little, at random
-    data.qpos[:] = task.sim.data.qpos
-    data.qpos[robot._ref_joint_pos_indexes] = robot.init_qpos
-    mujoco.mj_forward(model, data)
-    workplace = data.site_xpos[robot.eef_site_id["right"]] - (0, 0, WORKPLACE_DROP)
-    for camera in camera_ids:
-        body = model.cam_bodyid[camera]
-        if model.body_weldid[body] != 0:
-            continue
-        backward = data.cam_xpos[camera] - workplace  # a camera looks along its negative z axis
-        distance = np.linalg.norm(backward)
-        backward /= distance
-        right = np.cross((0, 0, 1), backward)
-        if np.linalg.norm(right) < 0.1:  # straight down, where that is any direction
-            right = data.cam_xmat[camera].reshape(3, 3)[:, 0]
-            right = right - backward * (right @ backward)
-        right /= np.linalg.norm(right)
-        turn = np.stack([right, np.cross(backward, right), backward], axis=1)
-        mujoco.mju_mat2Quat(model.cam_quat[camera], (data.xmat[body].reshape(3, 3).T @ turn).flatten())
-        model.cam_fovy[camera] = np.degrees(2 * np.arctan(radius / distance))
 
 
 def _check_numbers(image_size: int, action_repeat: int, episode_steps: int, seed: int) -> None:

@@ -93,6 +93,26 @@ def test_pictures_are_upright_and_not_mirrored(lift):
         assert np.corrcoef(np.array(seen)[:, axis], np.array(true)[:, axis])[0, 1] > 0.9
 
 
+def test_standing_cameras_can_be_aimed_at_the_workplace(lift):
+    """They look at the place below the hand's first one, upright, and show so many meters of it; the wrist's stays."""
+    aimed = build(camera_radius=0.3, cameras=("agentview", "sideview", "birdview", "robot0_eye_in_hand"))
+    pictures, _ = aimed.reset(seed=8)
+    own, _ = lift.reset(seed=8)
+    np.testing.assert_array_equal(pictures[9:], own[3:])
+    assert (pictures[:3] != own[:3]).mean() > 0.5
+    model, data = aimed._task.sim.model._model, aimed._task.sim.data._data
+    workplace = data.site_xpos[aimed._task.robots[0].eef_site_id["right"]] - (0, 0, render.WORKPLACE_DROP)
+    for name in ("agentview", "sideview", "birdview"):
+        camera = model.camera(name).id
+        away = workplace - data.cam_xpos[camera]
+        right, up, backward = data.cam_xmat[camera].reshape(3, 3).T
+        distance = -away @ backward
+        assert abs(away @ right) < 0.05 and abs(away @ up) < 0.05, "a reset moves the hand by a centimeter or two"
+        assert distance * np.tan(np.radians(model.cam_fovy[camera]) / 2) == pytest.approx(0.3, abs=0.02)
+        assert abs(right[2]) < 0.01 and (up[2] > 0 or name == "birdview")
+    aimed.close()
+
+
 def test_pictures_are_close_to_robosuites_own_look(lift, plain):
     """The cheap look differs by less than 3 of 255 on average."""
     image = lift.reset(seed=11)[0].astype(int)
