@@ -16,6 +16,7 @@ stays as long as the environment.
 
 import contextlib
 import logging
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -46,7 +47,9 @@ RESTORED_BYTES = 1 << 20  # a reset restores the model's arrays below this size;
 
 
 class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
-    """One single-arm RoboSuite task, built in seconds. ValueError for bad input, RuntimeError without OpenGL.
+    """One single-arm RoboSuite task, built in seconds. RuntimeError without OpenGL, ValueError for bad input.
+
+    `run.py` refuses more, before it builds anything. Here is refused what would go wrong without a word.
 
     task            a single-arm task of RoboSuite's, or one of yours: defining its class registers it
     robot           a robot with one arm on a fixed base, such as "Panda"
@@ -96,13 +99,14 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     ) -> None:
         self._renderer: Renderer | None = None
         self._task: Any = None
-        _check_numbers(image_size, action_repeat, episode_steps, seed)
+        if action_repeat < 1 or episode_steps < 1 or episode_steps % action_repeat:  # it would end late, or never
+            multiple = f"use a multiple of action_repeat={action_repeat}, both 1 or more"
+            raise ValueError(f"episode_steps={episode_steps}: {multiple}")
         _check_rates(control_freq, physics_step)
-        _check_controller(controller, rotation_scale)
-        _check_cameras(cameras, camera_radius)
         mujoco, robosuite = import_simulator()
-        _check_names(task, robot)
-        super().reset(seed=int(seed))
+        _check_names(task, robot, controller)
+        seed = operator.index(seed)
+        super().reset(seed=seed)
 
         self._action_repeat, self._episode_steps = action_repeat, episode_steps
         self._physics_step = physics_step
@@ -116,7 +120,7 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
                     control_freq=control_freq,
                     use_object_obs=not _is_robosuites(robosuite.environments.base.REGISTERED_ENVS[task]),
                     reward_shaping=reward_shaping,
-                    seed=int(seed),
+                    seed=seed,
                     **MAKE_OPTIONS,
                 )
             except TypeError as error:
@@ -382,19 +386,6 @@ def _camera_ids(model: Any, cameras: Sequence[str]) -> list[int]:
     return [model.camera_name2id(camera) for camera in cameras]
 
 
-def _check_numbers(image_size: int, action_repeat: int, episode_steps: int, seed: int) -> None:
-    for name, value, least in (
-        ("image_size", image_size, 1),
-        ("action_repeat", action_repeat, 1),
-        ("episode_steps", episode_steps, 1),
-        ("seed", seed, 0),
-    ):
-        if not isinstance(value, int | np.integer) or value < least:
-            raise ValueError(f"{name}={value!r}: use a whole number, {least} or more")
-    if episode_steps % action_repeat:
-        raise ValueError(f"episode_steps={episode_steps}: use a multiple of action_repeat={action_repeat}")
-
-
 def _check_rates(control_freq: float, physics_step: float) -> None:
     if physics_step not in (STOCK_PHYSICS_STEP, CHEAP_PHYSICS_STEP):
         raise ValueError(f"physics_step={physics_step!r}: use {STOCK_PHYSICS_STEP} or {CHEAP_PHYSICS_STEP}")
@@ -410,23 +401,7 @@ def _check_rates(control_freq: float, physics_step: float) -> None:
         raise ValueError(f"control_freq={control_freq!r}: must divide {rate}: use one of {valid}")
 
 
-def _check_controller(controller: str, rotation_scale: float) -> None:
-    if controller not in CONTROLLERS:
-        raise ValueError(f"controller={controller!r}: use one of {', '.join(CONTROLLERS)}")
-    if not isinstance(rotation_scale, int | float) or not 0 < rotation_scale <= 1:
-        raise ValueError(f"rotation_scale={rotation_scale!r}: use a number above 0 and at most 1")
-
-
-def _check_cameras(cameras: Sequence[str], camera_radius: float) -> None:
-    if isinstance(cameras, str) or not cameras or not all(isinstance(camera, str) for camera in cameras):
-        raise ValueError(f"cameras={cameras!r}: give one or more names, such as ('agentview',)")
-    if len(set(cameras)) < len(cameras):
-        raise ValueError(f"cameras={tuple(cameras)}: one is named twice")
-    if not isinstance(camera_radius, int | float) or not 0 <= camera_radius < float("inf"):
-        raise ValueError(f"camera_radius={camera_radius!r}: use 0 or more")
-
-
-def _check_names(task: str, robot: str) -> None:
+def _check_names(task: str, robot: str, controller: str) -> None:
     from robosuite.environments.base import REGISTERED_ENVS
     from robosuite.environments.manipulation.two_arm_env import TwoArmEnv
     from robosuite.models.robots.robot_model import REGISTERED_ROBOTS
@@ -435,7 +410,8 @@ def _check_names(task: str, robot: str) -> None:
     tasks = [name for name, env_class in REGISTERED_ENVS.items() if not issubclass(env_class, TwoArmEnv)]
     fixed = [name for name, kind in ROBOT_CLASS_MAPPING.items() if kind is FixedBaseRobot]
     robots = [name for name in fixed if len(REGISTERED_ROBOTS[name].arms) == 1]
-    for field, name, valid in (("task", task, tasks), ("robot", robot, robots)):
+    names = {"task": (task, tasks), "robot": (robot, robots), "controller": (controller, CONTROLLERS)}
+    for field, (name, valid) in names.items():
         if name not in valid:
             known = name in REGISTERED_ENVS or name in ROBOT_CLASS_MAPPING
             has = "a moving base" if field == "robot" and name not in fixed else "two arms"
