@@ -43,6 +43,7 @@ MAKE_OPTIONS = {  # of robosuite.make
     "ignore_done": True,  # the time limit is ours: what is left of `done` is a task that ends itself
     "hard_reset": False,  # milliseconds instead of seconds, and no leak
 }
+UNSTABLE = slice(4, 7)  # among MuJoCo's warnings: mjWARN_BADQPOS, mjWARN_BADQVEL, mjWARN_BADQACC
 RESTORED_BYTES = 1 << 20  # a reset restores the model's arrays below this size; above are meshes and textures
 
 
@@ -182,7 +183,7 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         total, terminated, success = 0.0, False, False
         for _ in range(self._action_repeat):
             _, reward, terminated, _ = self._task.step(command)
-            if _has_begun_anew(self._task.sim.data._data):
+            if self._task.sim.data._data.warning[UNSTABLE].number.any():  # and is back in the model's own pose
                 raise RuntimeError(f"the simulation became unstable with physics_step={self._physics_step}")
             total += float(reward)
             self._steps += 1
@@ -235,14 +236,6 @@ def _hand_over_generator(task: Any, rng: np.random.Generator) -> None:
             found.extend(value.values() if isinstance(value, dict) else value)
     if hasattr(task.model.mujoco_arena, "rng"):  # Wipe's draws its dirt
         task.model.mujoco_arena.rng = rng
-
-
-def _has_begun_anew(data: Any) -> bool:
-    """Whether MuJoCo has put an unstable simulation back into the model's own pose since the last reset."""
-    import mujoco
-
-    kinds = mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC
-    return any(data.warning[kind].number for kind in kinds)
 
 
 def _is_robosuites(task: type) -> bool:

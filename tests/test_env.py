@@ -134,6 +134,15 @@ def test_a_simulation_that_mujoco_began_anew_is_a_fault(steps, tmp_path, monkeyp
     environment.close()
 
 
+def test_the_warnings_of_an_unstable_simulation_are_those_that_mujoco_has(lift):
+    """Three numbers in a row, by which env.py finds them without MuJoCo's names."""
+    from mujoco import mjtWarning
+
+    kinds = mjtWarning.mjWARN_BADQPOS, mjtWarning.mjWARN_BADQVEL, mjtWarning.mjWARN_BADQACC
+    assert [int(kind) for kind in kinds] == list(range(8))[env.UNSTABLE]
+    assert len(lift._task.sim.data._data.warning) == 8
+
+
 def test_the_reward_does_not_depend_on_the_length_of_an_episode():
     """Wipe's is scaled by RoboSuite's horizon: training and evaluations have the same."""
     factors = set()
