@@ -113,21 +113,16 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._physics_step = physics_step
         self._steps: int | None = None  # control steps since the reset; None: no episode is running
         with _simulation_timestep(physics_step):
-            try:
-                self._task = robosuite.make(
-                    task,
-                    robots=robot,
-                    controller_configs=_controller_config(robot, controller, rotation_scale),
-                    control_freq=control_freq,
-                    use_object_obs=not _is_robosuites(robosuite.environments.base.REGISTERED_ENVS[task]),
-                    reward_shaping=reward_shaping,
-                    seed=seed,
-                    **MAKE_OPTIONS,
-                )
-            except TypeError as error:
-                if "unexpected keyword" not in str(error):
-                    raise
-                raise ValueError(f"task={task!r}: its class must take what RoboSuite's Lift takes: {error}") from error
+            self._task = robosuite.make(
+                task,
+                robots=robot,
+                controller_configs=_controller_config(robot, controller, rotation_scale),
+                control_freq=control_freq,
+                use_object_obs=not _is_robosuites(robosuite.environments.base.REGISTERED_ENVS[task]),
+                reward_shaping=reward_shaping,
+                seed=seed,
+                **MAKE_OPTIONS,
+            )
         sim = self._task.sim
         _skip_observables(self._task)
         if _HeldGoal.fits(self._task):

@@ -14,6 +14,8 @@ from gymnasium.utils.env_checker import check_env
 
 import env
 from env import make_env
+from runtime.console import UserError
+from runtime.envs import make_envs
 from simulated import ARGUMENTS, assert_same_episode, build, episode_from_seed, plain_reset, play
 
 ROOT = pathlib.Path(env.__file__).parent
@@ -154,24 +156,24 @@ def test_the_reward_does_not_depend_on_the_length_of_an_episode():
 
 
 def test_a_task_that_does_not_take_robosuites_keywords_is_named(lift):
-    """One line for the task's author; any other TypeError is a fault of the task's, and keeps its traceback."""
+    """The user reads one line with class, keyword and place, whether the class refuses the keyword or passes it on."""
     from robosuite.environments.manipulation.lift import Lift
 
     class Narrow(Lift):
-        def __init__(self, robots, **options):
-            super().__init__(robots=robots, wide=True, **options)
+        def __init__(self, robots, control_freq):
+            super().__init__(robots=robots, control_freq=control_freq)
 
-    class Faulty(Lift):
-        def reward(self, action=None):
-            return 1 + None
+    class Wide(Lift):
+        def __init__(self, **options):
+            super().__init__(wide=True, **options)
 
-    with pytest.raises(ValueError, match="task='Narrow': its class must take what .* keyword argument 'wide'"):
-        build(task="Narrow")
-    environment = build(task="Faulty")
-    environment.reset(seed=0)
-    with pytest.raises(TypeError):
-        environment.step(np.zeros(7, np.float32))
-    environment.close()
+    options = {name: value for name, value in ARGUMENTS.items() if name not in ("task", "seed")}
+    for task, words in (
+        ("Narrow", r"Narrow.__init__\(\) got an unexpected keyword argument 'controller_configs' \(base.py:\d+\)$"),
+        ("Wide", r"Lift.__init__\(\) got an unexpected keyword argument 'wide' \(test_env.py:\d+\)$"),
+    ):
+        with pytest.raises(UserError, match=f"^TypeError: .*{words}"):
+            make_envs(options | {"task": task}, 1, 0, make_env)
 
 
 def test_a_sampler_is_found_where_a_task_keeps_it(lift):
