@@ -2,22 +2,21 @@
 
     env = make_env(task="Lift", robot="Panda", controller="OSC_POSE", cameras=("agentview",), image_size=64,
                    control_freq=20, action_repeat=2, episode_steps=500, reward_shaping=True,
-                   physics_step=0.002, seed=0)
+                   seed=0)
     image, info = env.reset()                                     # (3 * len(cameras), 64, 64) uint8, upright
     image, reward, terminated, truncated, info = env.step(env.action_space.sample())
 
 Importing this file does no work and needs neither RoboSuite nor MuJoCo: both are imported when an
-environment is built, after the OpenGL back end has been chosen. With `physics_step` 0.002, `rotation_scale` 1
-and `camera_radius` 0, physics, controllers and rewards are RoboSuite's own, bit for bit. Four things differ
+environment is built, after the OpenGL back end has been chosen. With `rotation_scale` 1 and `camera_radius` 0,
+physics, controllers and rewards are RoboSuite's own, bit for bit. Four things differ
 from `robosuite.make`: pictures are drawn more cheaply (render.py), a seed decides everything that is drawn at
 random, a reset forgets the past, and what is drawn when the model is built, such as the size of Lift's cube,
 stays as long as the environment.
 """
 
-import contextlib
 import logging
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium
@@ -27,8 +26,7 @@ from render import Renderer, aim, import_simulator
 
 logging.getLogger("robosuite_logs").disabled = True  # RoboSuite logs when it is imported
 
-STOCK_PHYSICS_STEP = 0.002  # seconds, RoboSuite's own
-CHEAP_PHYSICS_STEP = 0.005  # 2.5 times fewer controller and physics steps; not the standard physics
+PHYSICS_STEP = 0.002  # seconds, RoboSuite's own
 
 # RoboSuite 1.5.2 has two more: its JOINT_VELOCITY can't be built (it assigns to a property), and a
 # Panda under its IK_POSE moves by 30 cm in half a second although it is told to stand still.
@@ -59,12 +57,10 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     cameras         names of the model's cameras, whose pictures are stacked as channels in this order
     camera_radius   meters that the standing cameras are to show about the hand's workplace; 0: as the task has them
     image_size      height and width in pixels
-    control_freq    control steps in a simulated second; must divide the physics rate (500 Hz or 200 Hz)
+    control_freq    control steps in a simulated second; must divide the physics rate of 500 Hz
     action_repeat   control steps for which an action is held
     episode_steps   control steps until an episode is truncated, a multiple of action_repeat
     reward_shaping  a dense reward if the task has one, else a reward for success only
-    physics_step    seconds: 0.002 is RoboSuite's; 0.005 is faster, but not the standard physics, and unstable with
-                    UR5e and Kinova3
     seed            decides what is drawn at construction (in Lift the cube's size), and starts np_random
 
     Observation: uint8 (3 * len(cameras), image_size, image_size), upright.
@@ -95,7 +91,6 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         action_repeat: int,
         episode_steps: int,
         reward_shaping: bool,
-        physics_step: float,
         seed: int,
     ) -> None:
         self._renderer: Renderer | None = None
@@ -103,26 +98,25 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if action_repeat < 1 or episode_steps < 1 or episode_steps % action_repeat:  # it would end late, or never
             multiple = f"use a multiple of action_repeat={action_repeat}, both 1 or more"
             raise ValueError(f"episode_steps={episode_steps}: {multiple}")
-        _check_rates(control_freq, physics_step)
+        _check_rate(control_freq)
         mujoco, robosuite = import_simulator()
+        robosuite.macros.SIMULATION_TIMESTEP = PHYSICS_STEP  # in a user's macros_private.py it may be another
         _check_names(task, robot, controller)
         seed = operator.index(seed)
         super().reset(seed=seed)
 
         self._action_repeat, self._episode_steps = action_repeat, episode_steps
-        self._physics_step = physics_step
         self._steps: int | None = None  # control steps since the reset; None: no episode is running
-        with _simulation_timestep(physics_step):
-            self._task = robosuite.make(
-                task,
-                robots=robot,
-                controller_configs=_controller_config(robot, controller, rotation_scale),
-                control_freq=control_freq,
-                use_object_obs=not _is_robosuites(robosuite.environments.base.REGISTERED_ENVS[task]),
-                reward_shaping=reward_shaping,
-                seed=seed,
-                **MAKE_OPTIONS,
-            )
+        self._task = robosuite.make(
+            task,
+            robots=robot,
+            controller_configs=_controller_config(robot, controller, rotation_scale),
+            control_freq=control_freq,
+            use_object_obs=not _is_robosuites(robosuite.environments.base.REGISTERED_ENVS[task]),
+            reward_shaping=reward_shaping,
+            seed=seed,
+            **MAKE_OPTIONS,
+        )
         sim = self._task.sim
         _skip_observables(self._task)
         if _HeldGoal.fits(self._task):
@@ -157,8 +151,7 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         for array, built in self._pristine:
             array[...] = built
         _hand_over_generator(self._task, self.np_random)
-        with _simulation_timestep(self._physics_step):  # a reset builds new controllers, which read it
-            self._task.reset()
+        self._task.reset()
         self._steps = 0
         return renderer.observation(), {"success": bool(self._task._check_success())}
 
@@ -179,7 +172,7 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         for _ in range(self._action_repeat):
             _, reward, terminated, _ = self._task.step(command)
             if self._task.sim.data._data.warning[UNSTABLE].number.any():  # and is back in the model's own pose
-                raise RuntimeError(f"the simulation became unstable with physics_step={self._physics_step}")
+                raise RuntimeError("the simulation became unstable")
             total += float(reward)
             self._steps += 1
             success = success or bool(self._task._check_success())
@@ -332,19 +325,6 @@ class _HeldGoal:
         data.ctrl[self._actuators] = np.clip(torques, self._lowest, self._highest)
 
 
-@contextlib.contextmanager
-def _simulation_timestep(seconds: float) -> Iterator[None]:
-    """RoboSuite's physics step is a global: set while it is read, so that two values can coexist."""
-    from robosuite import macros
-
-    before = macros.SIMULATION_TIMESTEP
-    macros.SIMULATION_TIMESTEP = seconds
-    try:
-        yield
-    finally:
-        macros.SIMULATION_TIMESTEP = before
-
-
 def _snapshot(model: Any) -> list[tuple[np.ndarray, np.ndarray]]:
     """Returns (view, copy) of each of the model's arrays, without its meshes and textures."""
     arrays = [getattr(model, name) for name in dir(model) if not name.startswith("_")]
@@ -374,19 +354,11 @@ def _camera_ids(model: Any, cameras: Sequence[str]) -> list[int]:
     return [model.camera_name2id(camera) for camera in cameras]
 
 
-def _check_rates(control_freq: float, physics_step: float) -> None:
-    if physics_step not in (STOCK_PHYSICS_STEP, CHEAP_PHYSICS_STEP):
-        raise ValueError(f"physics_step={physics_step!r}: use {STOCK_PHYSICS_STEP} or {CHEAP_PHYSICS_STEP}")
-
-    def divides(frequency: float) -> bool:
-        steps = 1 / (frequency * physics_step)
-        # RoboSuite rounds the second expression down: at 15 Hz a control step would be 66 ms instead of 66.7.
-        return abs(steps - round(steps)) < 1e-6 and int((1 / frequency) / physics_step) == round(steps)
-
-    if not isinstance(control_freq, int | float) or not (1 <= control_freq <= 500 and divides(control_freq)):
-        valid = ", ".join(f"{f:g}" for f in (1, 2, 4, 5, 8, 10, 12.5, 20, 25, 40, 50, 100) if divides(f))
-        rate = f"the physics rate of {1 / physics_step:g} Hz"
-        raise ValueError(f"control_freq={control_freq!r}: must divide {rate}: use one of {valid}")
+def _check_rate(control_freq: float) -> None:
+    # RoboSuite rounds the number of physics steps down: at 15 Hz a control step would be 66 ms instead of 66.7.
+    if not 1 <= control_freq <= 500 or 1 / control_freq / PHYSICS_STEP % 1 >= 1e-6:
+        rates = f"the physics rate of {1 / PHYSICS_STEP:g} Hz: use one of 1, 2, 4, 5, 10, 12.5, 20, 25, 50, 100"
+        raise ValueError(f"control_freq={control_freq!r}: must divide {rates}")
 
 
 def _check_names(task: str, robot: str, controller: str) -> None:
