@@ -336,6 +336,8 @@ def _controller_config(robot: str, controller: str, rotation_scale: float) -> di
     """The robot's own configuration, but for the arm's controller and how far that turns the hand."""
     from robosuite.controllers import load_composite_controller_config, load_part_controller_config
 
+    if not 0 < rotation_scale <= 1:  # with a number below 0 it would turn as with one above, with NaN not move at all
+        raise ValueError(f"rotation_scale={rotation_scale!r}: use a number above 0 and at most 1")
     config = load_composite_controller_config(robot=robot)
     arm = config["body_parts"]["right"]
     if arm["type"] != controller:

@@ -64,6 +64,8 @@ def test_make_env_can_be_pickled():
         ({"robot": "Baxter"}, "robot='Baxter': has two arms"),
         ({"robot": "PandaOmron"}, "robot='PandaOmron': has a moving base"),
         ({"controller": "OSC"}, "controller='OSC'.*OSC_POSE"),
+        ({"rotation_scale": -0.1}, "rotation_scale=-0.1: .*above 0"),
+        ({"rotation_scale": float("nan")}, "rotation_scale=nan: .*at most 1"),
         ({"cameras": "agentview"}, "cameras: unknown 'a': use some of frontview"),
         ({"cameras": ("agentview", "sidevew")}, "cameras: unknown 'sidevew'.*frontview.*sideview"),
         ({"camera_radius": -0.1}, "camera_radius=-0.1: use 0 or more"),
