@@ -1,17 +1,15 @@
 """RoboSuite tasks as Gymnasium environments that show the agent pixels only.
 
     env = make_env(task="Lift", robot="Panda", controller="OSC_POSE", cameras=("agentview",), image_size=64,
-                   control_freq=20, action_repeat=2, episode_steps=500, reward_shaping=True,
-                   seed=0)
+                   control_freq=20, action_repeat=2, episode_steps=500, reward_shaping=True, seed=0)
     image, info = env.reset()                                     # (3 * len(cameras), 64, 64) uint8, upright
     image, reward, terminated, truncated, info = env.step(env.action_space.sample())
 
-Importing this file does no work and needs neither RoboSuite nor MuJoCo: both are imported when an
-environment is built, after the OpenGL back end has been chosen. With `rotation_scale` 1 and `camera_radius` 0,
-physics, controllers and rewards are RoboSuite's own, bit for bit. Four things differ
-from `robosuite.make`: pictures are drawn more cheaply (render.py), a seed decides everything that is drawn at
-random, a reset forgets the past, and what is drawn when the model is built, such as the size of Lift's cube,
-stays as long as the environment.
+Importing this file does no work and needs neither RoboSuite nor MuJoCo: both are imported when an environment is built,
+after the OpenGL back end has been chosen. With `rotation_scale` 1 and `camera_radius` 0, physics, controllers and
+rewards are RoboSuite's own, bit for bit. Four things differ from `robosuite.make`: pictures are drawn more cheaply
+(render.py), a seed decides everything that is drawn at random, a reset forgets the past, and what is drawn when the
+model is built, such as the size of Lift's cube, stays as long as the environment.
 """
 
 import logging
@@ -48,19 +46,14 @@ RESTORED_BYTES = 1 << 20  # a reset restores the model's arrays below this size;
 class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     """One single-arm RoboSuite task, built in seconds. RuntimeError without OpenGL, ValueError for bad input.
 
-    `run.py` refuses more, before it builds anything. Here is refused what would go wrong without a word.
+    The keywords are constants of train.Config, which says what they mean. run.py refuses more of their values; here is
+    refused what would go wrong without an error. What Config does not say:
 
-    task            a single-arm task of RoboSuite's, or one of yours: defining its class registers it
-    robot           a robot with one arm on a fixed base, such as "Panda"
-    controller      one of CONTROLLERS: "OSC_POSE" has 7 actions with the gripper, "OSC_POSITION" 4
-    rotation_scale  a factor for the rotations of OSC_POSE; at 1, they are at most half a radian a control step
-    cameras         names of the model's cameras, whose pictures are stacked as channels in this order
-    camera_radius   meters that the standing cameras are to show about the hand's workplace; 0: as the task has them
-    image_size      height and width in pixels
-    control_freq    control steps in a simulated second; must divide the physics rate of 500 Hz
-    action_repeat   control steps for which an action is held
-    episode_steps   control steps until an episode is truncated, a multiple of action_repeat
-    reward_shaping  a dense reward if the task has one, else a reward for success only
+    task            defining the class of a task of your own registers it
+    controller      "OSC_POSE" has 7 actions with the gripper, "OSC_POSITION" 4
+    rotation_scale  at 1, OSC_POSE turns the hand by at most half a radian a control step
+    cameras         their pictures are stacked as channels in this order
+    episode_steps   a multiple of action_repeat
     seed            decides what is drawn at construction (in Lift the cube's size), and starts np_random
 
     Observation: uint8 (3 * len(cameras), image_size, image_size), upright.
