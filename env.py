@@ -1,35 +1,30 @@
 """RoboSuite tasks as Gymnasium environments that show the agent pixels only.
 
     env = make_env(task="Lift", robot="Panda", controller="OSC_POSE", cameras=("agentview",), image_size=64,
-                   control_freq=20, action_repeat=2, episode_steps=500, reward_shaping=True,
-                   physics_step=0.002, seed=0)
+                   control_freq=20, action_repeat=2, episode_steps=500, reward_shaping=True, seed=0)
     image, info = env.reset()                                     # (3 * len(cameras), 64, 64) uint8, upright
     image, reward, terminated, truncated, info = env.step(env.action_space.sample())
 
-Importing this file does no work and needs neither RoboSuite nor MuJoCo: both are imported when an
-environment is built, after the OpenGL back end has been chosen. With `physics_step` 0.002, `rotation_scale` 1
-and `camera_radius` 0, physics, controllers and rewards are RoboSuite's own, bit for bit. Four things differ
-from `robosuite.make`: pictures are drawn more cheaply (render.py), a seed decides everything that is drawn at
-random, a reset forgets the past, and what is drawn when the model is built, such as the size of Lift's cube,
-stays as long as the environment.
+Importing this file does no work and needs neither RoboSuite nor MuJoCo: both are imported when an environment is built,
+after the OpenGL back end has been chosen. With `rotation_scale` 1 and `camera_radius` 0, physics, controllers and
+rewards are RoboSuite's own, bit for bit. Four things differ from `robosuite.make`: pictures are drawn more cheaply
+(render.py), a seed decides everything that is drawn at random, a reset forgets the past, and what is drawn when the
+model is built, such as the size of Lift's cube, stays as long as the environment.
 """
 
-import contextlib
 import logging
-import os
-import sys
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium
 import numpy as np
 
-from render import Renderer, gl_backend, has_library, import_rendering
+from render import Renderer, aim, import_simulator
 
 logging.getLogger("robosuite_logs").disabled = True  # RoboSuite logs when it is imported
 
-STOCK_PHYSICS_STEP = 0.002  # seconds, RoboSuite's own
-CHEAP_PHYSICS_STEP = 0.005  # 2.5 times fewer controller and physics steps; not the standard physics
+PHYSICS_STEP = 0.002  # seconds, RoboSuite's own
 
 # RoboSuite 1.5.2 has two more: its JOINT_VELOCITY can't be built (it assigns to a property), and a
 # Panda under its IK_POSE moves by 30 cm in half a second although it is told to stand still.
@@ -44,26 +39,21 @@ MAKE_OPTIONS = {  # of robosuite.make
     "ignore_done": True,  # the time limit is ours: what is left of `done` is a task that ends itself
     "hard_reset": False,  # milliseconds instead of seconds, and no leak
 }
-WORKPLACE_DROP = 0.1  # meters from the hand's first place down to where aimed cameras look
+UNSTABLE = slice(4, 7)  # among MuJoCo's warnings: mjWARN_BADQPOS, mjWARN_BADQVEL, mjWARN_BADQACC
 RESTORED_BYTES = 1 << 20  # a reset restores the model's arrays below this size; above are meshes and textures
 
 
 class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
-    """One single-arm RoboSuite task, built in seconds. ValueError for bad input, RuntimeError without OpenGL.
+    """One single-arm RoboSuite task, built in seconds. RuntimeError without OpenGL, ValueError for bad input.
 
-    task            a single-arm task of RoboSuite's, or one of yours: defining its class registers it
-    robot           a robot with one arm on a fixed base, such as "Panda"
-    controller      one of CONTROLLERS: "OSC_POSE" has 7 actions with the gripper, "OSC_POSITION" 4
-    rotation_scale  a factor for the rotations of OSC_POSE; at 1, they are at most half a radian a control step
-    cameras         names of the model's cameras, whose pictures are stacked as channels in this order
-    camera_radius   meters that the standing cameras are to show about the hand's workplace; 0: as the task has them
-    image_size      height and width in pixels
-    control_freq    control steps in a simulated second; must divide the physics rate (500 Hz or 200 Hz)
-    action_repeat   control steps for which an action is held
-    episode_steps   control steps until an episode is truncated, a multiple of action_repeat
-    reward_shaping  a dense reward if the task has one, else a reward for success only
-    physics_step    seconds: 0.002 is RoboSuite's; 0.005 is faster, but not the standard physics, and unstable with
-                    UR5e and Kinova3
+    The keywords are constants of train.Config, which says what they mean. run.py refuses more of their values; here is
+    refused what would go wrong without an error. What Config does not say:
+
+    task            defining the class of a task of your own registers it
+    controller      "OSC_POSE" has 7 actions with the gripper, "OSC_POSITION" 4
+    rotation_scale  at 1, OSC_POSE turns the hand by at most half a radian a control step
+    cameras         their pictures are stacked as channels in this order
+    episode_steps   a multiple of action_repeat
     seed            decides what is drawn at construction (in Lift the cube's size), and starts np_random
 
     Observation: uint8 (3 * len(cameras), image_size, image_size), upright.
@@ -94,45 +84,39 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         action_repeat: int,
         episode_steps: int,
         reward_shaping: bool,
-        physics_step: float,
         seed: int,
     ) -> None:
         self._renderer: Renderer | None = None
         self._task: Any = None
-        _check_numbers(image_size, action_repeat, episode_steps, seed)
-        _check_rates(control_freq, physics_step)
-        _check_controller(controller, rotation_scale)
-        _check_cameras(cameras, camera_radius)
-        mujoco, robosuite = _import_simulator()
-        _check_names(task, robot)
-        super().reset(seed=int(seed))
+        if action_repeat < 1 or episode_steps < 1 or episode_steps % action_repeat:  # it would end late, or never
+            multiple = f"use a multiple of action_repeat={action_repeat}, both 1 or more"
+            raise ValueError(f"episode_steps={episode_steps}: {multiple}")
+        _check_rate(control_freq)
+        mujoco, robosuite = import_simulator()
+        robosuite.macros.SIMULATION_TIMESTEP = PHYSICS_STEP  # in a user's macros_private.py it may be another
+        _check_names(task, robot, controller)
+        seed = operator.index(seed)
+        super().reset(seed=seed)
 
         self._action_repeat, self._episode_steps = action_repeat, episode_steps
-        self._physics_step = physics_step
         self._steps: int | None = None  # control steps since the reset; None: no episode is running
-        with _simulation_timestep(physics_step):
-            try:
-                self._task = robosuite.make(
-                    task,
-                    robots=robot,
-                    controller_configs=_controller_config(robot, controller, rotation_scale),
-                    control_freq=control_freq,
-                    use_object_obs=not _is_robosuites(robosuite.environments.base.REGISTERED_ENVS[task]),
-                    reward_shaping=reward_shaping,
-                    seed=int(seed),
-                    **MAKE_OPTIONS,
-                )
-            except TypeError as error:
-                if "unexpected keyword" not in str(error):
-                    raise
-                raise ValueError(f"task={task!r}: its class must take what RoboSuite's Lift takes: {error}") from error
+        self._task = robosuite.make(
+            task,
+            robots=robot,
+            controller_configs=_controller_config(robot, controller, rotation_scale),
+            control_freq=control_freq,
+            use_object_obs=not _is_robosuites(robosuite.environments.base.REGISTERED_ENVS[task]),
+            reward_shaping=reward_shaping,
+            seed=seed,
+            **MAKE_OPTIONS,
+        )
         sim = self._task.sim
         _skip_observables(self._task)
         if _HeldGoal.fits(self._task):
             self._task._pre_action = _HeldGoal(mujoco, self._task)
         camera_ids = _camera_ids(sim.model, cameras)
         if camera_radius:
-            _aim(mujoco, self._task, camera_ids, camera_radius)
+            aim(mujoco, self._task, camera_ids, camera_radius)
         self._pristine = _snapshot(sim.model._model)
         self._renderer = Renderer(mujoco, sim.model._model, sim.data._data, camera_ids, image_size)
 
@@ -160,8 +144,7 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         for array, built in self._pristine:
             array[...] = built
         _hand_over_generator(self._task, self.np_random)
-        with _simulation_timestep(self._physics_step):  # a reset builds new controllers, which read it
-            self._task.reset()
+        self._task.reset()
         self._steps = 0
         return renderer.observation(), {"success": bool(self._task._check_success())}
 
@@ -181,8 +164,8 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         total, terminated, success = 0.0, False, False
         for _ in range(self._action_repeat):
             _, reward, terminated, _ = self._task.step(command)
-            if _has_begun_anew(self._task.sim.data._data):
-                raise RuntimeError(f"the simulation became unstable with physics_step={self._physics_step}")
+            if self._task.sim.data._data.warning[UNSTABLE].number.any():  # and is back in the model's own pose
+                raise RuntimeError("the simulation became unstable")
             total += float(reward)
             self._steps += 1
             success = success or bool(self._task._check_success())
@@ -234,29 +217,6 @@ def _hand_over_generator(task: Any, rng: np.random.Generator) -> None:
             found.extend(value.values() if isinstance(value, dict) else value)
     if hasattr(task.model.mujoco_arena, "rng"):  # Wipe's draws its dirt
         task.model.mujoco_arena.rng = rng
-
-
-def _has_begun_anew(data: Any) -> bool:
-    """Whether MuJoCo has put an unstable simulation back into the model's own pose since the last reset."""
-    import mujoco
-
-    kinds = mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC
-    return any(data.warning[kind].number for kind in kinds)
-
-
-def _import_simulator() -> tuple[Any, Any]:
-    """Returns (mujoco, robosuite), imported without a word, with os.environ set up for rendering."""
-    os.environ.update(gl_backend(sys.platform, os.environ, has_library))
-    # RoboSuite refuses a MUJOCO_EGL_DEVICE_ID that isn't in CUDA_VISIBLE_DEVICES, and overwrites MUJOCO_GL.
-    before = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "MUJOCO_GL")}
-    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-    try:
-        return import_rendering("mujoco"), import_rendering("robosuite")
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
 
 
 def _is_robosuites(task: type) -> bool:
@@ -358,19 +318,6 @@ class _HeldGoal:
         data.ctrl[self._actuators] = np.clip(torques, self._lowest, self._highest)
 
 
-@contextlib.contextmanager
-def _simulation_timestep(seconds: float) -> Iterator[None]:
-    """RoboSuite's physics step is a global: set while it is read, so that two values can coexist."""
-    from robosuite import macros
-
-    before = macros.SIMULATION_TIMESTEP
-    macros.SIMULATION_TIMESTEP = seconds
-    try:
-        yield
-    finally:
-        macros.SIMULATION_TIMESTEP = before
-
-
 def _snapshot(model: Any) -> list[tuple[np.ndarray, np.ndarray]]:
     """Returns (view, copy) of each of the model's arrays, without its meshes and textures."""
     arrays = [getattr(model, name) for name in dir(model) if not name.startswith("_")]
@@ -382,6 +329,8 @@ def _controller_config(robot: str, controller: str, rotation_scale: float) -> di
     """The robot's own configuration, but for the arm's controller and how far that turns the hand."""
     from robosuite.controllers import load_composite_controller_config, load_part_controller_config
 
+    if not 0 < rotation_scale <= 1:  # with a number below 0 it would turn as with one above, with NaN not move at all
+        raise ValueError(f"rotation_scale={rotation_scale!r}: use a number above 0 and at most 1")
     config = load_composite_controller_config(robot=robot)
     arm = config["body_parts"]["right"]
     if arm["type"] != controller:
@@ -400,76 +349,14 @@ def _camera_ids(model: Any, cameras: Sequence[str]) -> list[int]:
     return [model.camera_name2id(camera) for camera in cameras]
 
 
-def _aim(mujoco: Any, task: Any, camera_ids: Sequence[int], radius: float) -> None:
-    """Turns the standing cameras to the place below the hand's first one, and narrows them to `radius` around it."""
-    model, robot = task.sim.model._model, task.robots[0]
-    data = mujoco.MjData(model)  # the arm's own first pose: a reset has moved it a little, at random
-    data.qpos[:] = task.sim.data.qpos
-    data.qpos[robot._ref_joint_pos_indexes] = robot.init_qpos
-    mujoco.mj_forward(model, data)
-    workplace = data.site_xpos[robot.eef_site_id["right"]] - (0, 0, WORKPLACE_DROP)
-    for camera in camera_ids:
-        body = model.cam_bodyid[camera]
-        if model.body_weldid[body] != 0:
-            continue
-        backward = data.cam_xpos[camera] - workplace  # a camera looks along its negative z axis
-        distance = np.linalg.norm(backward)
-        backward /= distance
-        right = np.cross((0, 0, 1), backward)
-        if np.linalg.norm(right) < 0.1:  # straight down, where that is any direction
-            right = data.cam_xmat[camera].reshape(3, 3)[:, 0]
-            right = right - backward * (right @ backward)
-        right /= np.linalg.norm(right)
-        turn = np.stack([right, np.cross(backward, right), backward], axis=1)
-        mujoco.mju_mat2Quat(model.cam_quat[camera], (data.xmat[body].reshape(3, 3).T @ turn).flatten())
-        model.cam_fovy[camera] = np.degrees(2 * np.arctan(radius / distance))
+def _check_rate(control_freq: float) -> None:
+    # RoboSuite rounds the number of physics steps down: at 15 Hz a control step would be 66 ms instead of 66.7.
+    if not 1 <= control_freq <= 500 or 1 / control_freq / PHYSICS_STEP % 1 >= 1e-6:
+        rates = f"the physics rate of {1 / PHYSICS_STEP:g} Hz: use one of 1, 2, 4, 5, 10, 12.5, 20, 25, 50, 100"
+        raise ValueError(f"control_freq={control_freq!r}: must divide {rates}")
 
 
-def _check_numbers(image_size: int, action_repeat: int, episode_steps: int, seed: int) -> None:
-    for name, value, least in (
-        ("image_size", image_size, 1),
-        ("action_repeat", action_repeat, 1),
-        ("episode_steps", episode_steps, 1),
-        ("seed", seed, 0),
-    ):
-        if not isinstance(value, int | np.integer) or value < least:
-            raise ValueError(f"{name}={value!r}: use a whole number, {least} or more")
-    if episode_steps % action_repeat:
-        raise ValueError(f"episode_steps={episode_steps}: use a multiple of action_repeat={action_repeat}")
-
-
-def _check_rates(control_freq: float, physics_step: float) -> None:
-    if physics_step not in (STOCK_PHYSICS_STEP, CHEAP_PHYSICS_STEP):
-        raise ValueError(f"physics_step={physics_step!r}: use {STOCK_PHYSICS_STEP} or {CHEAP_PHYSICS_STEP}")
-
-    def divides(frequency: float) -> bool:
-        steps = 1 / (frequency * physics_step)
-        # RoboSuite rounds the second expression down: at 15 Hz a control step would be 66 ms instead of 66.7.
-        return abs(steps - round(steps)) < 1e-6 and int((1 / frequency) / physics_step) == round(steps)
-
-    if not isinstance(control_freq, int | float) or not (1 <= control_freq <= 500 and divides(control_freq)):
-        valid = ", ".join(f"{f:g}" for f in (1, 2, 4, 5, 8, 10, 12.5, 20, 25, 40, 50, 100) if divides(f))
-        rate = f"the physics rate of {1 / physics_step:g} Hz"
-        raise ValueError(f"control_freq={control_freq!r}: must divide {rate}: use one of {valid}")
-
-
-def _check_controller(controller: str, rotation_scale: float) -> None:
-    if controller not in CONTROLLERS:
-        raise ValueError(f"controller={controller!r}: use one of {', '.join(CONTROLLERS)}")
-    if not isinstance(rotation_scale, int | float) or not 0 < rotation_scale <= 1:
-        raise ValueError(f"rotation_scale={rotation_scale!r}: use a number above 0 and at most 1")
-
-
-def _check_cameras(cameras: Sequence[str], camera_radius: float) -> None:
-    if isinstance(cameras, str) or not cameras or not all(isinstance(camera, str) for camera in cameras):
-        raise ValueError(f"cameras={cameras!r}: give one or more names, such as ('agentview',)")
-    if len(set(cameras)) < len(cameras):
-        raise ValueError(f"cameras={tuple(cameras)}: one is named twice")
-    if not isinstance(camera_radius, int | float) or not 0 <= camera_radius < float("inf"):
-        raise ValueError(f"camera_radius={camera_radius!r}: use 0 or more")
-
-
-def _check_names(task: str, robot: str) -> None:
+def _check_names(task: str, robot: str, controller: str) -> None:
     from robosuite.environments.base import REGISTERED_ENVS
     from robosuite.environments.manipulation.two_arm_env import TwoArmEnv
     from robosuite.models.robots.robot_model import REGISTERED_ROBOTS
@@ -478,7 +365,8 @@ def _check_names(task: str, robot: str) -> None:
     tasks = [name for name, env_class in REGISTERED_ENVS.items() if not issubclass(env_class, TwoArmEnv)]
     fixed = [name for name, kind in ROBOT_CLASS_MAPPING.items() if kind is FixedBaseRobot]
     robots = [name for name in fixed if len(REGISTERED_ROBOTS[name].arms) == 1]
-    for field, name, valid in (("task", task, tasks), ("robot", robot, robots)):
+    names = {"task": (task, tasks), "robot": (robot, robots), "controller": (controller, CONTROLLERS)}
+    for field, (name, valid) in names.items():
         if name not in valid:
             known = name in REGISTERED_ENVS or name in ROBOT_CLASS_MAPPING
             has = "a moving base" if field == "robot" and name not in fixed else "two arms"

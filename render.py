@@ -1,7 +1,7 @@
 """Pictures of one MuJoCo simulation, drawn without a screen: the agent's small ones and large ones for people.
 
-    os.environ.update(gl_backend(sys.platform, os.environ, has_library))
-    renderer = Renderer(import_rendering("mujoco"), model, data, camera_ids, image_size=64)
+    mujoco, robosuite = import_simulator()
+    renderer = Renderer(mujoco, model, data, camera_ids, image_size=64)
     image, picture = renderer.observation(), renderer.overview()
 
 Importing this file imports neither MuJoCo nor OpenGL and does no work.
@@ -38,6 +38,8 @@ AGENT_ROUND_SIDES = 16  # of a cylinder, instead of MuJoCo's 28: 6.6 -> 6 ms, af
 OVERVIEW_SIZE = 256  # pixels, height and width
 OVERVIEW_SUPERSAMPLING = 2
 OVERVIEW_VIEW = {"lookat": (-0.2, 0.03, 1.05), "distance": 1.5, "azimuth": 225.0, "elevation": -22.0}  # m, degrees
+
+WORKPLACE_DROP = 0.1  # meters from the hand's first place down to where aimed cameras look
 
 # MuJoCo's geom groups as RoboSuite uses them; group 0 has the collision shapes.
 VISUAL_GEOMS, MARKER_GEOMS, HIDDEN_GEOMS = 1, 2, 5
@@ -78,7 +80,22 @@ def has_library(name: str) -> bool:
     return False
 
 
-def import_rendering(name: str) -> Any:
+def import_simulator() -> tuple[Any, Any]:
+    """Returns (mujoco, robosuite), imported without a word, with os.environ set up for rendering."""
+    os.environ.update(gl_backend(sys.platform, os.environ, has_library))
+    # RoboSuite refuses a MUJOCO_EGL_DEVICE_ID that isn't in CUDA_VISIBLE_DEVICES, and overwrites MUJOCO_GL.
+    before = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "MUJOCO_GL")}
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    try:
+        return _import_rendering("mujoco"), _import_rendering("robosuite")
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _import_rendering(name: str) -> Any:
     """Imports a module that uses OpenGL. RuntimeError, in one line, if a library of OpenGL's is missing."""
     try:
         return importlib.import_module(name)
@@ -87,6 +104,33 @@ def import_rendering(name: str) -> Any:
         if not GL_FAILURE.search(reason):
             raise
     raise RuntimeError(f"can't import {name} ({reason}); {GL_INSTALL_HINT}")
+
+
+def aim(mujoco: Any, task: Any, camera_ids: Sequence[int], radius: float) -> None:
+    """Turns the standing cameras to the place below the hand's first one, and narrows them to `radius` around it."""
+    if not 0 < radius < math.inf:  # the pictures would be black, or of anything
+        raise ValueError(f"camera_radius={radius!r}: use 0 or more")
+    model, robot = task.sim.model._model, task.robots[0]
+    data = mujoco.MjData(model)  # the arm's own first pose: a reset has moved it a little, at random
+    data.qpos[:] = task.sim.data.qpos
+    data.qpos[robot._ref_joint_pos_indexes] = robot.init_qpos
+    mujoco.mj_forward(model, data)
+    workplace = data.site_xpos[robot.eef_site_id["right"]] - (0, 0, WORKPLACE_DROP)
+    for camera in camera_ids:
+        body = model.cam_bodyid[camera]
+        if model.body_weldid[body] != 0:
+            continue
+        backward = data.cam_xpos[camera] - workplace  # a camera looks along its negative z axis
+        distance = np.linalg.norm(backward)
+        backward /= distance
+        right = np.cross((0, 0, 1), backward)
+        if np.linalg.norm(right) < 0.1:  # straight down, where that is any direction
+            right = data.cam_xmat[camera].reshape(3, 3)[:, 0]
+            right = right - backward * (right @ backward)
+        right /= np.linalg.norm(right)
+        turn = np.stack([right, np.cross(backward, right), backward], axis=1)
+        mujoco.mju_mat2Quat(model.cam_quat[camera], (data.xmat[body].reshape(3, 3).T @ turn).flatten())
+        model.cam_fovy[camera] = np.degrees(2 * np.arctan(radius / distance))
 
 
 class Renderer:

@@ -77,11 +77,10 @@ class Config:
     cameras: Env[Fixed[tuple[str, ...]]] = ("agentview", "sideview", "robot0_eye_in_hand")  # the cameras of the agent
     camera_radius: Env[Fixed[Weight]] = 0.0  # meters that standing cameras show of the workplace; 0: RoboSuite's own
     image_size: Env[Fixed[Literal[32, 64, 128]]] = 64  # height and width of a camera picture, in pixels
-    control_freq: Env[Kept[Positive]] = 20  # control steps in a second of simulated time; must divide the physics rate
+    control_freq: Env[Kept[Positive]] = 20  # control steps in a simulated second; must divide 500 Hz, the physics rate
     action_repeat: Env[Fixed[Count]] = 2  # control steps for which the robot holds each action of the agent
     episode_steps: Env[Count] = 200  # control steps in a training episode; greedy_episodes have eval_steps
     reward_shaping: Env[Kept[bool]] = True  # give a dense reward, if the task has one; if false, reward only success
-    physics_step: Env[Positive] = 0.002  # seconds of a physics step: 0.002, as in RoboSuite, or 0.005 at half the cost
     num_envs: Count = 1  # environments that run at once, each in a worker process if there are several
 
     # run
@@ -206,7 +205,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "control_freq": 10,
         "action_repeat": 1,
         "episode_steps": 30,
-        "physics_step": 0.005,
         "steps": 180,
         "checkpoint_minutes": 0,
         "log_every": 30,

@@ -4,7 +4,7 @@
 
 A step is a control step of the robot with a picture from each camera; resets are included. Both play random
 actions at the same cameras, resolution, rate and episode length, in turns. The plain one has RoboSuite's
-defaults: hard resets, its renderer, and a physics step of 0.002 s. The last line is JSON.
+defaults: hard resets and its renderer. The last line is JSON.
 """
 
 import argparse
@@ -35,7 +35,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--image_size", type=int, default=64, help="pixels")
     parser.add_argument("--control_freq", type=float, default=20, help="Hz")
     parser.add_argument("--episode_steps", type=int, default=200)
-    parser.add_argument("--physics_step", type=float, default=0.002, help="seconds, of make_env's side only")
     return parser.parse_args()
 
 
@@ -73,7 +72,6 @@ def build_ours(arguments: argparse.Namespace) -> tuple[Callable[[int], None], Ca
         action_repeat=1,
         episode_steps=arguments.episode_steps,
         reward_shaping=True,
-        physics_step=arguments.physics_step,
         seed=0,
     )
     size = len(environment.action_space.sample())

@@ -92,7 +92,6 @@ def main() -> None:
         action_repeat=args.action_repeat,
         episode_steps=STEPS,
         reward_shaping=True,
-        physics_step=0.002,
         seed=args.seed,
     )
     episodes = [play(env, args.action_repeat) for _ in range(args.episodes)]

@@ -281,6 +281,8 @@ def check_config(config: Config) -> None:
     c = config
     if not c.cameras or not all(c.cameras):
         raise UserError(f"cameras {','.join(c.cameras)!r} lack a name: the agent sees through one camera at least")
+    if len(set(c.cameras)) < len(c.cameras):
+        raise UserError(f"cameras {','.join(c.cameras)!r} name one twice")
     if c.entropy_updates and not (c.actor_entropy and c.actor_entropy_final):
         raise UserError(
             f"entropy_updates {c.entropy_updates} needs actor_entropy {c.actor_entropy} and actor_entropy_final "

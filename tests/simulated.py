@@ -14,7 +14,6 @@ ARGUMENTS = {
     "action_repeat": 2,
     "episode_steps": 24,
     "reward_shaping": True,
-    "physics_step": 0.002,
     "seed": 3,
 }
 

@@ -343,8 +343,8 @@ def test_what_an_environment_refuses_when_it_is_built_is_told_in_one_line(raised
 
 def test_what_env_py_refuses_is_told_in_its_own_words():
     """They name the field, the value and what is valid: where that was found is of no use."""
-    with pytest.raises(UserError, match=r"^physics_step=0.1: use 0.002 or 0.005$"):
-        make_envs(env_options(Config()) | {"physics_step": 0.1}, 1, 0, make_robosuite_env)
+    with pytest.raises(UserError, match=r"^control_freq=15: must divide the physics rate of 500 Hz: use one of 1, 2"):
+        make_envs(env_options(Config()) | {"control_freq": 15}, 1, 0, make_robosuite_env)
 
 
 def test_environments_of_neighboring_seeds_differ():

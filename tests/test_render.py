@@ -64,16 +64,13 @@ def test_a_machine_that_cannot_render_gets_one_line(lift, monkeypatch):
 
 
 def test_cameras_are_stacked_in_the_order_given_and_envs_do_not_disturb_each_other(lift):
-    """Two living envs with other cameras and another physics step each show what they show alone."""
+    """Two living envs with other cameras and seeds each show what they show alone."""
     both = lift.reset(seed=8)[0]
     assert both.shape == (6, 64, 64) and both.dtype == np.uint8
-    other = build(cameras=("robot0_eye_in_hand",), physics_step=0.005, seed=4)
+    other = build(cameras=("robot0_eye_in_hand",), seed=4)
     hand = other.reset(seed=8)[0]
     assert hand.shape == (3, 64, 64)
     other.step(other.action_space.sample())
-    for environment, seconds in ((lift, 0.002), (other, 0.005)):
-        assert environment._task.sim.model.opt.timestep == seconds
-        assert environment._task.robots[0].part_controllers["right"].model_timestep == seconds
     np.testing.assert_array_equal(lift.reset(seed=8)[0], both)
     np.testing.assert_array_equal(other.reset(seed=8)[0], hand)
     other.close()
@@ -91,6 +88,26 @@ def test_pictures_are_upright_and_not_mirrored(lift):
         true.append(lift._task.sim.data.body_xpos[lift._task.cube_body_id][:2].copy())
     for axis in range(2):
         assert np.corrcoef(np.array(seen)[:, axis], np.array(true)[:, axis])[0, 1] > 0.9
+
+
+def test_standing_cameras_can_be_aimed_at_the_workplace(lift):
+    """They look at the place below the hand's first one, upright, and show so many meters of it; the wrist's stays."""
+    aimed = build(camera_radius=0.3, cameras=("agentview", "sideview", "birdview", "robot0_eye_in_hand"))
+    pictures, _ = aimed.reset(seed=8)
+    own, _ = lift.reset(seed=8)
+    np.testing.assert_array_equal(pictures[9:], own[3:])
+    assert (pictures[:3] != own[:3]).mean() > 0.5
+    model, data = aimed._task.sim.model._model, aimed._task.sim.data._data
+    workplace = data.site_xpos[aimed._task.robots[0].eef_site_id["right"]] - (0, 0, render.WORKPLACE_DROP)
+    for name in ("agentview", "sideview", "birdview"):
+        camera = model.camera(name).id
+        away = workplace - data.cam_xpos[camera]
+        right, up, backward = data.cam_xmat[camera].reshape(3, 3).T
+        distance = -away @ backward
+        assert abs(away @ right) < 0.05 and abs(away @ up) < 0.05, "a reset moves the hand by a centimeter or two"
+        assert distance * np.tan(np.radians(model.cam_fovy[camera]) / 2) == pytest.approx(0.3, abs=0.02)
+        assert abs(right[2]) < 0.01 and (up[2] > 0 or name == "birdview")
+    aimed.close()
 
 
 def test_pictures_are_close_to_robosuites_own_look(lift, plain):
