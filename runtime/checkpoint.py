@@ -48,9 +48,6 @@ class Damaged(Exception):
     """A file that can't be read or is not what its name says, in one line; it never reaches the user as it is."""
 
 
-# ---------------------------------------------------------------------------------------------- files
-
-
 def write_file(path: Path, data: bytes) -> None:
     """Replace `path` with `data` so that a crash at any moment leaves the old file or the new one (OSError)."""
     aside = path.with_name(f".{path.name}.tmp")
@@ -108,9 +105,6 @@ def _torch_bytes(state: dict[str, Any]) -> bytes:
 def _number(name: str) -> int:
     """Of a checkpoint or an episode, whose name this is."""
     return int(name.split("_")[1])
-
-
-# ---------------------------------------------------------------------------------------------- the run folder
 
 
 class RunFolder:
@@ -216,9 +210,6 @@ def is_run_dir(folder: Path) -> bool:
     except (OSError, ValueError):
         config = None
     return bool(list_checkpoints(folder)) or (isinstance(config, dict) and {"task", "preset"} <= config.keys())
-
-
-# ---------------------------------------------------------------------------------------------- checkpoints
 
 
 def save_checkpoint(run_dir: Path, step: int, state: dict[str, Any], best_step: int = -1) -> Path:
@@ -440,9 +431,6 @@ class GlobalGenerators:
         torch.set_rng_state(state["torch"])
 
 
-# ---------------------------------------------------------------------------------------------- replay
-
-
 class ReplayFiles:
     """The finished episodes of a replay on disk, one file each, written once and never changed.
 
@@ -529,9 +517,6 @@ def _load_episode(path: Path) -> dict[str, np.ndarray]:
             return dict(columns)
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise Damaged(f"{path.name} holds something else than plain arrays: refused") from error
-
-
-# ---------------------------------------------------------------------------------------------- policies
 
 
 def policy_file(policy: Policy, config: Config, **about: float) -> bytes:

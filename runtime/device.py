@@ -166,9 +166,6 @@ def limit_threads(root: Path = Path("/")) -> None:
         torch.set_num_threads(max(1, math.floor(min(usable))))
 
 
-# ------------------------------------------------------------------------------ gradients compared with the CPU's
-
-
 class RecordedDraws(Draws):
     """Draws that are kept, or kept ones handed out again: to a second computation, on any device."""
 

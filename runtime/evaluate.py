@@ -56,9 +56,6 @@ SEQUENCES = 6  # columns of the open-loop and the imagination videos
 THIRDS = ("low", "middle", "high")  # of the largest reward so far: in Lift, far from the cube, at it, lifting it
 
 
-# ---------------------------------------------------------------------------------------------- episodes
-
-
 class Row(NamedTuple):
     """An agent step and what it led to, as in the replay (buffer.py); an episode's first row is its reset."""
 
@@ -212,9 +209,6 @@ class Player:
                 self.film = False
 
 
-# ---------------------------------------------------------------------------------------------- analysis
-
-
 class Analysis(NamedTuple):
     """How model and critic see evaluation episodes, which training never saw."""
 
@@ -314,9 +308,6 @@ def _batch(columns: Sequence[Sequence[Row]]) -> Batch:
     is_first = torch.zeros(reward.shape, dtype=torch.bool)
     is_first[0] = True
     return Batch(image, action, reward, is_first, torch.zeros_like(is_first))
-
-
-# ---------------------------------------------------------------------------------------------- in a run
 
 
 def eval_options(config: Config) -> dict[str, Any]:
@@ -539,9 +530,6 @@ def write_left_policy(run_dir: Path, state: dict[str, Any]) -> None:
         except OSError as error:
             raise Failure(f"{run_dir / 'policy.pt'} can't be written: {error}") from error
         say(f"{run_dir / 'policy.pt'} could not be written then: it is now")
-
-
-# ---------------------------------------------------------------------------------------------- --eval
 
 
 def evaluate_policy(path: Path, given: dict[str, Any], make_env: MakeEnv) -> None:
