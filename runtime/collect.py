@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -319,20 +319,21 @@ class Collector:
 
     def _choose_actions(self) -> None:
         """Random actions until the first update, then the policy's: (num_envs, A)."""
-        if self.agent.updates == 0:
-            action = np.stack([self.envs.single_action_space.sample() for _ in self.resets])
-            self.action = _held(self.held_actions, action, is_random=True)
-            return
-        # The policy takes over from random actions, or from nothing after a resume.
-        is_first = np.ones_like(self.resets) if self.act_state is None else self.resets
-        device = self.agent.device
-        images, first, greedy = (moved(torch.as_tensor(x), device) for x in (self.image, is_first, self.greedy))
-        wanted, state = self.agent.act(images, self.act_state, first, deterministic=greedy)
-        self.action = _held(self.held_actions, wanted.float().cpu().numpy(), is_random=False)
+        device, state = self.agent.device, None
+        if is_random := self.agent.updates == 0:
+            wanted = np.stack([self.envs.single_action_space.sample() for _ in self.resets])
+        else:
+            # The policy takes over from random actions, or from nothing after a resume.
+            is_first = np.ones_like(self.resets) if self.act_state is None else self.resets
+            images, first, greedy = (moved(torch.as_tensor(x), device) for x in (self.image, is_first, self.greedy))
+            action, state = self.agent.act(images, self.act_state, first, deterministic=greedy)
+            wanted = action.float().cpu().numpy()
+        self.action = np.stack([hold(x, is_random) for hold, x in zip(self.held_actions, wanted, strict=True)])
         if not np.isfinite(self.action).all():
             check_finite(self.agent, self.step)
-        # Store the executed action, so that the policy's state matches the replay.
-        self.act_state = state._replace(action=moved(torch.as_tensor(self.action, dtype=torch.float32), device))
+        if state is not None:
+            # Store the executed action, so that the policy's state matches the replay.
+            self.act_state = state._replace(action=moved(torch.as_tensor(self.action, dtype=torch.float32), device))
 
     def _tell_faults(self, info: dict[str, Any]) -> np.ndarray:
         """Say which environments were built anew; (num_envs,) bool."""
@@ -362,11 +363,6 @@ def _warn_of_task(config: Config, reward: np.ndarray, terminated: np.ndarray) ->
     if largest > LARGE_REWARD and not config.reward_norm and config.reward_transform != "tanh":
         why = "the presets are made for at most 1, and --reward_norm true --reward_scale 10 divides them"
         warn_once("rewards", f"a control step has a reward of {largest:g}: {why}")
-
-
-def _held(holds: Sequence[HeldActions], action: np.ndarray, is_random: bool) -> np.ndarray:
-    """Actions (num_envs, A) with the held commands in place of their own."""
-    return np.stack([hold(x, is_random) for hold, x in zip(holds, action, strict=True)])
 
 
 def _generator(state: dict[str, Any], restarts: int) -> np.random.Generator:
