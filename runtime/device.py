@@ -179,19 +179,15 @@ class RecordedDraws(Draws):
         return RecordedDraws(record=self.record)
 
     def onehot(self, probs: Tensor) -> Tensor:
-        """See `Draws`."""
         return self._draw(probs.device, super().onehot, probs)
 
     def normal(self, mean: Tensor) -> Tensor:
-        """See `Draws`."""
         return self._draw(mean.device, super().normal, mean)
 
     def trunc_normal(self, mean: Tensor, std: Tensor) -> Tensor:
-        """See `Draws`."""
         return self._draw(mean.device, super().trunc_normal, mean, std)
 
     def subset(self, total: int, count: int, device: torch.device) -> Tensor:
-        """See `Draws`."""
         return self._draw(device, super().subset, total, count, device)
 
     def _draw(self, device: torch.device, draw: Callable[..., Tensor], *args: Any) -> Tensor:
