@@ -9,7 +9,6 @@ finished later belongs to no checkpoint, and a resume deletes it.
 import dataclasses
 import errno
 import hashlib
-import importlib.metadata
 import io
 import itertools
 import json
@@ -20,6 +19,7 @@ import re
 import time
 import zipfile
 from collections.abc import Callable
+from importlib.metadata import distributions
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -367,15 +367,8 @@ def versions(device: torch.device, autocast_dtype: torch.dtype | None) -> dict[s
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "products in": str(autocast_dtype or torch.float32).removeprefix("torch."),
         "pictures by": os.environ.get("MUJOCO_GL", ""),
-        **{name: _release(name) for name in SIMULATION},
+        **{name: next((x.version for x in distributions(name=name)), "none") for name in SIMULATION},
     }
-
-
-def _release(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
 
 
 def check_finite(agent: Dreamer, step: int) -> int:
