@@ -403,14 +403,12 @@ class GlobalGenerators:
 
     def state_dict(self) -> dict[str, Any]:
         """The generators' states."""
-        numpy: Any = np.random.get_state(legacy=False)
-        numpy["state"]["key"] = numpy["state"]["key"].tolist()
         return {
             "torch": torch.get_rng_state(),
             "cuda": [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [],
             "mps": [torch.mps.get_rng_state()] if self.device.type == "mps" else [],
             "python": random.getstate(),
-            "numpy": numpy,
+            "numpy": plain(np.random.get_state(legacy=False)),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -422,6 +420,11 @@ class GlobalGenerators:
         if state["mps"] and self.device.type == "mps":
             torch.mps.set_rng_state(state["mps"][0])
         torch.set_rng_state(state["torch"])
+
+
+def plain(state: Any) -> Any:
+    """The state of a generator of NumPy's in types that a checkpoint may hold: some kinds have arrays in it."""
+    return json.loads(json.dumps(state, default=np.ndarray.tolist))
 
 
 class ReplayFiles:

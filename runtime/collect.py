@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import math
 import statistics
 from collections import deque
@@ -14,7 +13,7 @@ import torch
 from gymnasium.vector import AsyncVectorEnv
 
 from buffer import ReplayBuffer, Transition, moved
-from runtime.checkpoint import check_finite
+from runtime.checkpoint import check_finite, plain
 from runtime.console import StopSignals, warn, warn_once
 from runtime.envs import BrokenEnv, EnvFailure, Envs, dead_workers, faults, own_seed
 from runtime.logger import Stopwatch
@@ -285,8 +284,8 @@ class Collector:
             "successes": list(self.successes),
             "levels": list(self.levels),
             "restarts": 0,  # ends through a fault of the environments at this state: Checkpointer.save counts them
-            "action_space": _plain(self.rng.bit_generator.state),
-            "envs": [_plain(rng.bit_generator.state) for rng in rngs],
+            "action_space": plain(self.rng.bit_generator.state),
+            "envs": [plain(rng.bit_generator.state) for rng in rngs],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -373,8 +372,3 @@ def _generator(state: dict[str, Any], restarts: int) -> np.random.Generator:
     if restarts:
         bits = kind(np.random.Generator(bits).integers(2**32, size=restarts).tolist())
     return np.random.Generator(bits)
-
-
-def _plain(state: Any) -> Any:
-    """A generator's state in types that a checkpoint may hold: some kinds have arrays in it."""
-    return json.loads(json.dumps(state, default=np.ndarray.tolist))
