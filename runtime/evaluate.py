@@ -186,11 +186,11 @@ def play_episodes(
 def _add_frame(envs: Envs, episode: Episode) -> bool:
     """Add the first environment's frame to its episode. False, and a line, if that can't be had."""
     frame = envs.call("frame", episode.seed)[0]
-    if isinstance(frame, np.ndarray) and episode.renders and frame.shape != episode.renders[0].shape:
-        frame = f"a frame of {frame.shape} after one of {episode.renders[0].shape}"
     if isinstance(frame, np.ndarray):
-        episode.renders.append(frame)
-        return True
+        if not episode.renders or frame.shape == episode.renders[0].shape:
+            episode.renders.append(frame)
+            return True
+        frame = f"a frame of {frame.shape} after one of {episode.renders[0].shape}"
     warn_once(str(frame), f"evaluations are not filmed: {frame}")
     episode.renders.clear()
     return False
