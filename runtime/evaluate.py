@@ -6,7 +6,6 @@ import math
 import os
 import statistics
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -135,8 +134,8 @@ def play_episodes(
     draws, watch = Draws(torch.Generator(device).manual_seed(seed)), watch or Stopwatch()
     limit = episode_length(config)  # for episodes that their environment does not end
     nothing = np.zeros(envs.single_action_space.shape or (), np.float32)
-    waiting = deque(Episode(config.action_repeat, number=n, seed=seed + n) for n in range(episodes))
-    running = [waiting.popleft() if waiting else None for _ in range(envs.num_envs)]  # None rests until the others end
+    waiting = (Episode(config.action_repeat, number=n, seed=seed + n) for n in range(episodes))
+    running = [next(waiting, None) for _ in range(envs.num_envs)]  # None rests until the others end
     done: list[Episode] = []
     state: ActState | None = None
 
@@ -169,7 +168,7 @@ def play_episodes(
                 if episode and failed[i]:
                     warn(f"an episode of the evaluation failed and is played with other draws: {info['env_error'][i]}")
                     again = episode.again()
-                    running[i] = again if again.attempt < TRIES else waiting.popleft() if waiting else None
+                    running[i] = again if again.attempt < TRIES else next(waiting, None)
                 elif episode:
                     episode.add(float(reward[i]), bool(success[i]))
                     add(i, episode, action[i], reward[i], bool(success[i]))
@@ -179,7 +178,7 @@ def play_episodes(
                         done = sorted([*done, episode], key=lambda x: x.number)
                         for later in done[RECORDINGS:]:
                             later.rows.clear()
-                        running[i] = waiting.popleft() if waiting else None
+                        running[i] = next(waiting, None)
     return done
 
 
