@@ -198,7 +198,7 @@ class Collector:
             HeldActions(share, self.rng, gripper=gripper, moves=moves, steps=steps) for _ in self.resets
         ]
         self.stats = [EpisodeStats(config.action_repeat) for _ in self.resets]
-        self.failed = np.zeros(config.num_envs, bool)  # in the present episode
+        self.failed = np.zeros(config.num_envs, bool)  # in the last step, which ends the episode
         self.recent: deque[bool] = deque(maxlen=max(RECENT, 4 * config.num_envs))  # whether the last episodes failed
         self.last_fault = ""
         self.successes: deque[float] = deque(maxlen=LAST)
@@ -218,7 +218,7 @@ class Collector:
                 self._tell_faults(info)
             for i in np.flatnonzero(self.resets):
                 self.replay.add(Transition(self.image[i], np.zeros(self.agent.action_size), 0.0, True, False), i)
-                self.stats[i], self.failed[i] = EpisodeStats(self.config.action_repeat), False
+                self.stats[i] = EpisodeStats(self.config.action_repeat)
                 self._explore(i)
         with self.watch("update"):  # acting waits for the GPU's updates: the two can't be told apart
             self._choose_actions()
@@ -232,17 +232,16 @@ class Collector:
             envs = self.envs
             answer = envs.step_wait() if isinstance(envs, AsyncVectorEnv) else envs.step(self.action)
             self.image, reward, terminated, truncated, info = answer
-            failed = self._tell_faults(info)
-        success = info.get("success", np.zeros(len(failed), bool))
-        for i in np.flatnonzero(~failed):
+            self.failed = self._tell_faults(info)
+        success = info.get("success", np.zeros(len(reward), bool))
+        for i in np.flatnonzero(~self.failed):
             self.replay.add(Transition(self.image[i], self.action[i], reward[i], False, terminated[i]), i)
             self.stats[i].add(float(reward[i]), bool(success[i]))
             self.held_actions[i].see(float(reward[i]) / self.config.action_repeat)
             if success[i]:
                 self.held_actions[i].end()
-        _warn_of_task(self.config, reward[~failed], terminated)
+        _warn_of_task(self.config, reward[~self.failed], terminated)
         self.step += self.config.num_envs * self.config.action_repeat
-        self.failed |= failed
         lengths = np.array([stats.length for stats in self.stats])
         self.resets = terminated | truncated | (lengths >= self.limit)
 
