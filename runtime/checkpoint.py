@@ -9,7 +9,6 @@ finished later belongs to no checkpoint, and a resume deletes it.
 import dataclasses
 import errno
 import hashlib
-import importlib.metadata
 import io
 import itertools
 import json
@@ -20,6 +19,7 @@ import re
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from importlib.metadata import distributions
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -46,9 +46,6 @@ UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.ENO
 
 class Damaged(Exception):
     """A file that can't be read or is not what its name says, in one line; it never reaches the user as it is."""
-
-
-# ---------------------------------------------------------------------------------------------- files
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -108,9 +105,6 @@ def _torch_bytes(state: dict[str, Any]) -> bytes:
 def _number(name: str) -> int:
     """Of a checkpoint or an episode, whose name this is."""
     return int(name.split("_")[1])
-
-
-# ---------------------------------------------------------------------------------------------- the run folder
 
 
 class RunFolder:
@@ -216,9 +210,6 @@ def is_run_dir(folder: Path) -> bool:
     except (OSError, ValueError):
         config = None
     return bool(list_checkpoints(folder)) or (isinstance(config, dict) and {"task", "preset"} <= config.keys())
-
-
-# ---------------------------------------------------------------------------------------------- checkpoints
 
 
 def save_checkpoint(run_dir: Path, step: int, state: dict[str, Any], best_step: int = -1) -> Path:
@@ -376,15 +367,8 @@ def versions(device: torch.device, autocast_dtype: torch.dtype | None) -> dict[s
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "products in": str(autocast_dtype or torch.float32).removeprefix("torch."),
         "pictures by": os.environ.get("MUJOCO_GL", ""),
-        **{name: _release(name) for name in SIMULATION},
+        **{name: next((x.version for x in distributions(name=name)), "none") for name in SIMULATION},
     }
-
-
-def _release(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
 
 
 def non_finite(agent: Dreamer) -> str:
@@ -436,14 +420,12 @@ class GlobalGenerators:
 
     def state_dict(self) -> dict[str, Any]:
         """The generators' states."""
-        numpy: Any = np.random.get_state(legacy=False)
-        numpy["state"]["key"] = numpy["state"]["key"].tolist()
         return {
             "torch": torch.get_rng_state(),
             "cuda": [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [],
             "mps": [torch.mps.get_rng_state()] if self.device.type == "mps" else [],
             "python": random.getstate(),
-            "numpy": numpy,
+            "numpy": plain(np.random.get_state(legacy=False)),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -457,7 +439,9 @@ class GlobalGenerators:
         torch.set_rng_state(state["torch"])
 
 
-# ---------------------------------------------------------------------------------------------- replay
+def plain(state: Any) -> Any:
+    """The state of a generator of NumPy's in types that a checkpoint may hold: some kinds have arrays in it."""
+    return json.loads(json.dumps(state, default=np.ndarray.tolist))
 
 
 class ReplayFiles:
@@ -546,9 +530,6 @@ def _load_episode(path: Path) -> dict[str, np.ndarray]:
             return dict(columns)
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise Damaged(f"{path.name} holds something else than plain arrays: refused") from error
-
-
-# ---------------------------------------------------------------------------------------------- policies
 
 
 def policy_file(policy: Policy, config: Config, **about: float) -> bytes:

@@ -2,11 +2,10 @@
 
 import contextlib
 import dataclasses
-import json
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 from gymnasium.vector import AsyncVectorEnv
 
 from buffer import ReplayBuffer, Transition, moved
-from runtime.checkpoint import check_finite
+from runtime.checkpoint import check_finite, plain
 from runtime.console import StopSignals, warn, warn_once
 from runtime.envs import BrokenEnv, EnvFailure, Envs, dead_workers, faults, own_seed
 from runtime.logger import Stopwatch
@@ -199,7 +198,7 @@ class Collector:
             HeldActions(share, self.rng, gripper=gripper, moves=moves, steps=steps) for _ in self.resets
         ]
         self.stats = [EpisodeStats(config.action_repeat) for _ in self.resets]
-        self.failed = np.zeros(config.num_envs, bool)  # in the present episode
+        self.failed = np.zeros(config.num_envs, bool)  # in the last step, which ends the episode
         self.recent: deque[bool] = deque(maxlen=max(RECENT, 4 * config.num_envs))  # whether the last episodes failed
         self.last_fault = ""
         self.successes: deque[float] = deque(maxlen=LAST)
@@ -219,7 +218,7 @@ class Collector:
                 self._tell_faults(info)
             for i in np.flatnonzero(self.resets):
                 self.replay.add(Transition(self.image[i], np.zeros(self.agent.action_size), 0.0, True, False), i)
-                self.stats[i], self.failed[i] = EpisodeStats(self.config.action_repeat), False
+                self.stats[i] = EpisodeStats(self.config.action_repeat)
                 self._explore(i)
         with self.watch("update"):  # acting waits for the GPU's updates: the two can't be told apart
             self._choose_actions()
@@ -233,17 +232,16 @@ class Collector:
             envs = self.envs
             answer = envs.step_wait() if isinstance(envs, AsyncVectorEnv) else envs.step(self.action)
             self.image, reward, terminated, truncated, info = answer
-            failed = self._tell_faults(info)
-        success = info.get("success", np.zeros(len(failed), bool))
-        for i in np.flatnonzero(~failed):
+            self.failed = self._tell_faults(info)
+        success = info.get("success", np.zeros(len(reward), bool))
+        for i in np.flatnonzero(~self.failed):
             self.replay.add(Transition(self.image[i], self.action[i], reward[i], False, terminated[i]), i)
             self.stats[i].add(float(reward[i]), bool(success[i]))
             self.held_actions[i].see(float(reward[i]) / self.config.action_repeat)
             if success[i]:
                 self.held_actions[i].end()
-        _warn_of_task(self.config, reward[~failed], terminated)
+        _warn_of_task(self.config, reward[~self.failed], terminated)
         self.step += self.config.num_envs * self.config.action_repeat
-        self.failed |= failed
         lengths = np.array([stats.length for stats in self.stats])
         self.resets = terminated | truncated | (lengths >= self.limit)
 
@@ -285,8 +283,8 @@ class Collector:
             "successes": list(self.successes),
             "levels": list(self.levels),
             "restarts": 0,  # ends through a fault of the environments at this state: Checkpointer.save counts them
-            "action_space": _plain(self.rng.bit_generator.state),
-            "envs": [_plain(rng.bit_generator.state) for rng in rngs],
+            "action_space": plain(self.rng.bit_generator.state),
+            "envs": [plain(rng.bit_generator.state) for rng in rngs],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -319,20 +317,21 @@ class Collector:
 
     def _choose_actions(self) -> None:
         """Random actions until the first update, then the policy's: (num_envs, A)."""
-        if self.agent.updates == 0:
-            action = np.stack([self.envs.single_action_space.sample() for _ in self.resets])
-            self.action = _held(self.held_actions, action, is_random=True)
-            return
-        # The policy takes over from random actions, or from nothing after a resume.
-        is_first = np.ones_like(self.resets) if self.act_state is None else self.resets
-        device = self.agent.device
-        images, first, greedy = (moved(torch.as_tensor(x), device) for x in (self.image, is_first, self.greedy))
-        wanted, state = self.agent.act(images, self.act_state, first, deterministic=greedy)
-        self.action = _held(self.held_actions, wanted.float().cpu().numpy(), is_random=False)
+        device, state = self.agent.device, None
+        if is_random := self.agent.updates == 0:
+            wanted = np.stack([self.envs.single_action_space.sample() for _ in self.resets])
+        else:
+            # The policy takes over from random actions, or from nothing after a resume.
+            is_first = np.ones_like(self.resets) if self.act_state is None else self.resets
+            images, first, greedy = (moved(torch.as_tensor(x), device) for x in (self.image, is_first, self.greedy))
+            action, state = self.agent.act(images, self.act_state, first, deterministic=greedy)
+            wanted = action.float().cpu().numpy()
+        self.action = np.stack([hold(x, is_random) for hold, x in zip(self.held_actions, wanted, strict=True)])
         if not np.isfinite(self.action).all():
             check_finite(self.agent, self.step)
-        # Store the executed action, so that the policy's state matches the replay.
-        self.act_state = state._replace(action=moved(torch.as_tensor(self.action, dtype=torch.float32), device))
+        if state is not None:
+            # Store the executed action, so that the policy's state matches the replay.
+            self.act_state = state._replace(action=moved(torch.as_tensor(self.action, dtype=torch.float32), device))
 
     def _tell_faults(self, info: dict[str, Any]) -> np.ndarray:
         """Say which environments were built anew; (num_envs,) bool."""
@@ -364,11 +363,6 @@ def _warn_of_task(config: Config, reward: np.ndarray, terminated: np.ndarray) ->
         warn_once("rewards", f"a control step has a reward of {largest:g}: {why}")
 
 
-def _held(holds: Sequence[HeldActions], action: np.ndarray, is_random: bool) -> np.ndarray:
-    """Actions (num_envs, A) with the held commands in place of their own."""
-    return np.stack([hold(x, is_random) for hold, x in zip(holds, action, strict=True)])
-
-
 def _generator(state: dict[str, Any], restarts: int) -> np.random.Generator:
     """A generator in a saved state; after restarts, one that draws otherwise."""
     kind = getattr(np.random, state["bit_generator"])
@@ -377,8 +371,3 @@ def _generator(state: dict[str, Any], restarts: int) -> np.random.Generator:
     if restarts:
         bits = kind(np.random.Generator(bits).integers(2**32, size=restarts).tolist())
     return np.random.Generator(bits)
-
-
-def _plain(state: Any) -> Any:
-    """A generator's state in types that a checkpoint may hold: some kinds have arrays in it."""
-    return json.loads(json.dumps(state, default=np.ndarray.tolist))

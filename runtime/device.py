@@ -6,7 +6,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ def free_memory(root: Path = Path("/")) -> float:
     free = [psutil.virtual_memory().available]
     for controller, *names, cache in CGROUP_MEMORY:
         for group in _cgroups(root, controller):
-            limit_and_use = [number for name in names for number in _numbers(group / name)]
+            limit_and_use = _numbers(group, names)
             if len(limit_and_use) == 2:
                 taken_back = re.search(rf"^{cache} (\d+)$", _text(group / "memory.stat"), re.MULTILINE)
                 free.append(limit_and_use[0] - limit_and_use[1] + int(taken_back[1] if taken_back else 0))
@@ -147,9 +147,9 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _numbers(path: Path) -> list[int]:
-    """The numbers in a file; "max" and -1, which mean no limit, are none."""
-    return [int(word) for word in _text(path).split() if word.isdecimal()]
+def _numbers(folder: Path, names: Sequence[str]) -> list[int]:
+    """The numbers in these files; "max" and -1, which mean no limit, are none."""
+    return [int(word) for name in names for word in _text(folder / name).split() if word.isdecimal()]
 
 
 def limit_threads(root: Path = Path("/")) -> None:
@@ -159,14 +159,11 @@ def limit_threads(root: Path = Path("/")) -> None:
     usable = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else math.inf]
     for group in (*_cgroups(root, ""), *_cgroups(root, "cpu")):
         names = ("cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us")  # of version 2, and two files of version 1
-        quota_and_period = [number for name in names for number in _numbers(group / name)]  # microseconds
+        quota_and_period = _numbers(group, names)  # microseconds
         if len(quota_and_period) == 2:
             usable.append(quota_and_period[0] / quota_and_period[1])
     if min(usable) < torch.get_num_threads():
         torch.set_num_threads(max(1, math.floor(min(usable))))
-
-
-# ------------------------------------------------------------------------------ gradients compared with the CPU's
 
 
 class RecordedDraws(Draws):
@@ -182,19 +179,15 @@ class RecordedDraws(Draws):
         return RecordedDraws(record=self.record)
 
     def onehot(self, probs: Tensor) -> Tensor:
-        """See `Draws`."""
         return self._draw(probs.device, super().onehot, probs)
 
     def normal(self, mean: Tensor) -> Tensor:
-        """See `Draws`."""
         return self._draw(mean.device, super().normal, mean)
 
     def trunc_normal(self, mean: Tensor, std: Tensor) -> Tensor:
-        """See `Draws`."""
         return self._draw(mean.device, super().trunc_normal, mean, std)
 
     def subset(self, total: int, count: int, device: torch.device) -> Tensor:
-        """See `Draws`."""
         return self._draw(device, super().subset, total, count, device)
 
     def _draw(self, device: torch.device, draw: Callable[..., Tensor], *args: Any) -> Tensor:

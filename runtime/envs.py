@@ -243,14 +243,13 @@ class EnvFailure(Failure):
 
 
 def make_envs(options: dict[str, Any], num_envs: int, seed: int, make_env: MakeEnv) -> Envs:
-    """The training environments of a run with this seed; `options` are the other keywords of `make_env`."""
+    """The training environments of a run; `options` are the keywords of `make_env`, seed excepted.
+
+    Their seeds are the run's own and others that follow from it, none of which a neighboring run has.
+    """
+    seeds = [seed, *(own_seed(seed, i) for i in range(1, num_envs))]
     with build_errors():
-        return make_vector_env([functools.partial(make_env, **options, seed=x) for x in env_seeds(seed, num_envs)])
-
-
-def env_seeds(seed: int, num_envs: int) -> list[int]:
-    """Of the environments of a run: its own, and others that follow from it, none of which a neighboring run has."""
-    return [seed, *(own_seed(seed, i) for i in range(1, num_envs))]
+        return make_vector_env([functools.partial(make_env, **options, seed=x) for x in seeds])
 
 
 def own_seed(seed: int, *user: int) -> int:

@@ -6,7 +6,6 @@ import math
 import os
 import statistics
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,9 +56,6 @@ SEQUENCES = 6  # columns of the open-loop and the imagination videos
 THIRDS = ("low", "middle", "high")  # of the largest reward so far: in Lift, far from the cube, at it, lifting it
 
 
-# ---------------------------------------------------------------------------------------------- episodes
-
-
 class Row(NamedTuple):
     """An agent step and what it led to, as in the replay (buffer.py); an episode's first row is its reset."""
 
@@ -75,9 +71,14 @@ class Episode(EpisodeStats):
 
     number: int = 0
     attempt: int = 0  # failed ones before this one
+    seed: int = 0  # of the environment's draws
     rows: list[Row] = dataclasses.field(default_factory=list)
     renders: list[np.ndarray] = dataclasses.field(default_factory=list)  # (h, w, 3) uint8
     terminal: bool = False  # the task ended it, not the clock
+
+    def again(self) -> "Episode":
+        """The same episode, to be played once more with other draws."""
+        return Episode(self.repeat, number=self.number, attempt=self.attempt + 1, seed=self.seed + OTHER_SEED)
 
     def video(self) -> np.ndarray:
         """The frames of a filmed episode."""
@@ -111,109 +112,88 @@ def describe(summary: dict[str, float]) -> str:
     )
 
 
-class Player:
-    """Plays episodes of the deterministic policy with fixed seeds, as many at once as there are environments.
+def play_episodes(
+    act: Act,
+    envs: Envs,
+    config: Config,
+    device: torch.device,
+    episodes: int,
+    film: bool,
+    seed: int = EVAL_SEED,
+    watch: Stopwatch | None = None,
+    each_step: Callable[[int], None] = lambda _: None,
+) -> list[Episode]:
+    """Play episodes of the deterministic policy with fixed seeds, as many at once as there are environments.
 
     An episode's seed is `seed` plus its number, so the environment's draws are the same however many run at once. The
     policy's own draws are made for all running episodes together. `act` is `Policy.forward` or `Dreamer.act`;
-    `each_step` gets the lowest number of a running episode, and may raise to stop. An episode that its environment
-    does not end is ended after `limit` control steps.
+    `each_step` gets the lowest number of a running episode, and may raise to stop.
+
+    Gives the episodes that could be played, by number, the first ones with their rows; `film` films the first one.
+    Raises BrokenEnv if an environment can't be mended, or its process has ended.
     """
+    draws, watch = Draws(torch.Generator(device).manual_seed(seed)), watch or Stopwatch()
+    limit = episode_length(config)  # for episodes that their environment does not end
+    nothing = np.zeros(envs.single_action_space.shape or (), np.float32)
+    waiting = (Episode(config.action_repeat, number=n, seed=seed + n) for n in range(episodes))
+    running = [next(waiting, None) for _ in range(envs.num_envs)]  # None rests until the others end
+    done: list[Episode] = []
+    state: ActState | None = None
 
-    def __init__(
-        self,
-        act: Act,
-        envs: Envs,
-        repeat: int,
-        device: torch.device,
-        seed: int = EVAL_SEED,
-        watch: Stopwatch | None = None,
-        each_step: Callable[[int], None] = lambda _: None,
-        limit: float = math.inf,
-    ):
-        self.limit = limit
-        self.act, self.envs, self.repeat, self.device, self.seed = act, envs, repeat, device, seed
-        self.watch, self.each_step = watch or Stopwatch(), each_step
-        self.draws = Draws(torch.Generator(device).manual_seed(seed))
+    def add(i: int, episode: Episode, action: np.ndarray, reward: float, success: bool) -> None:
+        nonlocal film
+        episode.rows.append(Row(image[i].copy(), action, np.float32(reward), success))
+        if film and i == 0:  # the first environment, until it has played an episode
+            with watch("video"):
+                film = _add_frame(envs, episode)
 
-    def play(self, episodes: int, film: bool) -> list[Episode]:
-        """The episodes that could be played, by number, the first ones with their rows; `film` films the first one.
-
-        Raises BrokenEnv if an environment can't be mended, or its process has ended.
-        """
-        self.waiting, self.film = deque(range(episodes)), film
-        self.done: list[Episode] = []
-        self.running = [self._next() for _ in range(self.envs.num_envs)]
-        state: ActState | None = None
-        with dead_workers(self.envs):
-            while any(self.running):
-                first = self._begin()
-                self.each_step(min(episode.number for episode in self.running if episode))
-                image, is_first = (torch.as_tensor(x, device=self.device) for x in (self.image, first))
-                state = None if first.all() else state
-                action, state = self.act(image, state, is_first, self.draws, deterministic=True)
-                self._step(action.float().cpu().numpy())
-        return self.done
-
-    def _next(self) -> Episode | None:
-        """The next episode, or None: then an environment rests until the others have finished theirs."""
-        return Episode(self.repeat, number=self.waiting.popleft()) if self.waiting else None
-
-    def _seed(self, episode: Episode) -> int:
-        return self.seed + episode.number + OTHER_SEED * episode.attempt
-
-    def _begin(self) -> np.ndarray:
-        """Begin the episodes that have no row yet, and say which those are: (B,) bool."""
-        first = np.array([episode is not None and not episode.rows for episode in self.running])
-        if first.any():
-            seeds = [self._seed(episode) if episode else None for episode in self.running]
-            self.image, info = self.envs.reset(seed=seeds, options={"reset_mask": first.copy()})
-            nothing = np.zeros(self.envs.single_action_space.shape or (), np.float32)
-            failed = faults(self.envs, info)
-            for i, episode in enumerate(self.running):
-                if episode and first[i]:
-                    if failed[i]:
-                        warn(f"a reset of the evaluation failed and was drawn anew: {info['env_error'][i]}")
-                    self._add(i, episode, nothing, 0.0, False)
-        return first
-
-    def _step(self, action: np.ndarray) -> None:
-        """Let all running episodes make a step (B, A), and put others in the place of those that end with it."""
-        self.image, reward, terminated, truncated, info = self.envs.step(action)
-        failed, success = faults(self.envs, info), info.get("success", np.zeros(len(action), bool))
-        for i, episode in enumerate(self.running):
-            if episode and failed[i]:
-                warn(f"an episode of the evaluation failed and is played with other draws: {info['env_error'][i]}")
-                again = Episode(self.repeat, number=episode.number, attempt=episode.attempt + 1)
-                self.running[i] = again if again.attempt < TRIES else self._next()
-            elif episode:
-                episode.add(float(reward[i]), bool(success[i]))
-                self._add(i, episode, action[i], reward[i], bool(success[i]))
-                if terminated[i] or truncated[i] or episode.length >= self.limit:
-                    episode.terminal = bool(terminated[i])
-                    self.film = self.film and not episode.renders
-                    self.done = sorted([*self.done, episode], key=lambda x: x.number)
-                    for later in self.done[RECORDINGS:]:
-                        later.rows.clear()
-                    self.running[i] = self._next()
-
-    def _add(self, i: int, episode: Episode, action: np.ndarray, reward: float, success: bool) -> None:
-        """Add a row, and film the first environment until it has played an episode."""
-        episode.rows.append(Row(self.image[i].copy(), action, np.float32(reward), success))
-        if self.film and i == 0:
-            with self.watch("video"):
-                frame = self.envs.call("frame", self._seed(episode))[i]
-            if isinstance(frame, np.ndarray) and episode.renders and frame.shape != episode.renders[0].shape:
-                frame = f"a frame of {frame.shape} after one of {episode.renders[0].shape}"
-            if isinstance(frame, np.ndarray):
-                episode.renders.append(frame)
-            else:
-                warn_once(str(frame), f"evaluations are not filmed: {frame}")
-                episode.renders.clear()
-                self.film = False
+    with dead_workers(envs):
+        while any(running):
+            first = np.array([episode is not None and not episode.rows for episode in running])
+            if first.any():
+                seeds = [episode.seed if episode else None for episode in running]
+                image, info = envs.reset(seed=seeds, options={"reset_mask": first.copy()})
+                failed = faults(envs, info)
+                for i, episode in enumerate(running):
+                    if episode and first[i]:
+                        if failed[i]:
+                            warn(f"a reset of the evaluation failed and was drawn anew: {info['env_error'][i]}")
+                        add(i, episode, nothing, 0.0, False)
+            each_step(min(episode.number for episode in running if episode))
+            images, is_first = (torch.as_tensor(x, device=device) for x in (image, first))
+            chosen, state = act(images, None if first.all() else state, is_first, draws, deterministic=True)
+            action = chosen.float().cpu().numpy()
+            image, reward, terminated, truncated, info = envs.step(action)
+            failed, success = faults(envs, info), info.get("success", np.zeros(len(action), bool))
+            for i, episode in enumerate(running):
+                if episode and failed[i]:
+                    warn(f"an episode of the evaluation failed and is played with other draws: {info['env_error'][i]}")
+                    again = episode.again()
+                    running[i] = again if again.attempt < TRIES else next(waiting, None)
+                elif episode:
+                    episode.add(float(reward[i]), bool(success[i]))
+                    add(i, episode, action[i], reward[i], bool(success[i]))
+                    if terminated[i] or truncated[i] or episode.length >= limit:
+                        episode.terminal = bool(terminated[i])
+                        film = film and not episode.renders
+                        done = sorted([*done, episode], key=lambda x: x.number)
+                        for later in done[RECORDINGS:]:
+                            later.rows.clear()
+                        running[i] = next(waiting, None)
+    return done
 
 
-# ---------------------------------------------------------------------------------------------- analysis
+def _add_frame(envs: Envs, episode: Episode) -> bool:
+    """Add the first environment's frame to its episode. False, and a line, if that can't be had."""
+    frame = envs.call("frame", episode.seed)[0]
+    if isinstance(frame, np.ndarray):
+        if not episode.renders or frame.shape == episode.renders[0].shape:
+            episode.renders.append(frame)
+            return True
+        frame = f"a frame of {frame.shape} after one of {episode.renders[0].shape}"
+    warn_once(str(frame), f"evaluations are not filmed: {frame}")
+    episode.renders.clear()
+    return False
 
 
 class Analysis(NamedTuple):
@@ -317,9 +297,6 @@ def _batch(columns: Sequence[Sequence[Row]]) -> Batch:
     return Batch(image, action, reward, is_first, torch.zeros_like(is_first))
 
 
-# ---------------------------------------------------------------------------------------------- in a run
-
-
 def eval_options(config: Config) -> dict[str, Any]:
     """The keywords of `make_env` for the evaluation's environment: its episodes may be longer or shorter."""
     return env_options(config) | {"episode_steps": episode_length(config), "seed": EVAL_SEED}
@@ -418,11 +395,8 @@ class Evaluator:
 
         try:
             self.envs = self.envs or self._open()
-            repeat, device = self.config.action_repeat, self.agent.device
-            limit = episode_length(self.config)
-            act = functools.partial(self.agent.act, averaged=True)
-            player = Player(act, self.envs, repeat, device, EVAL_SEED, self.watch, each_step, limit)
-            return player.play(episodes, film)
+            act, device = functools.partial(self.agent.act, averaged=True), self.agent.device
+            return play_episodes(act, self.envs, self.config, device, episodes, film, EVAL_SEED, self.watch, each_step)
         except BrokenEnv as error:
             self.close()
             self.stop.check()  # the signal that ends the run may have ended a worker first
@@ -542,9 +516,6 @@ def write_left_policy(run_dir: Path, state: dict[str, Any]) -> None:
         say(f"{run_dir / 'policy.pt'} could not be written then: it is now")
 
 
-# ---------------------------------------------------------------------------------------------- --eval
-
-
 def evaluate_policy(path: Path, given: dict[str, Any], make_env: MakeEnv) -> None:
     """Evaluate a run folder's best policy, or a policy file, on episodes of its own, and film the first.
 
@@ -561,8 +532,7 @@ def evaluate_policy(path: Path, given: dict[str, Any], make_env: MakeEnv) -> Non
     with build_errors():
         envs = open_envs(config, make_env)
     try:
-        player = Player(policy, envs, config.action_repeat, device, OWN_SEED, limit=episode_length(config))
-        played = player.play(config.eval_episodes, film=True)
+        played = play_episodes(policy, envs, config, device, config.eval_episodes, film=True, seed=OWN_SEED)
     except BrokenEnv as error:
         raise Failure(f"the evaluation failed: {error}") from error
     finally:

@@ -123,8 +123,7 @@ class Logger:
             warn("metrics.jsonl is shorter than it was at the checkpoint: lines are lost")
             size = path.read_bytes().rfind(b"\n") + 1  # the last line may be torn
         self.file.truncate(size)
-        self.file.seek(size)
-        self.size = self.file.tell()  # bytes of metrics.jsonl that are on disk
+        self.size = self.file.seek(size)  # bytes of metrics.jsonl that are on disk
         self.wandb: Any = None
         if wandb_mode != "disabled":
             with self._mirroring():

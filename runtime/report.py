@@ -228,9 +228,6 @@ def _frames(path: Path, shares: Sequence[float]) -> list[bytes]:
     return [imageio.imwrite("<bytes>", frame, format="jpg", quality=85) for frame in chosen]
 
 
-# ---------------------------------------------------------------------------------------------- plots
-
-
 def _plots(panels: Sequence[Panel], runs: list[RunData], logged: set[str]) -> list[dict[str, str]]:
     """Draw the panels of which some run has metrics, given the names of all that the runs have logged."""
     plots = []

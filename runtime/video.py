@@ -6,12 +6,9 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from PIL.ImageFont import FreeTypeFont, ImageFont
 
 Color = tuple[int, int, int]
 Words = tuple[int, str, Color]  # distance from the left in pixels, text, color
@@ -184,7 +181,7 @@ def text_strip(width: int, words: Sequence[Words], height: int = STRIP) -> np.nd
 
 
 @functools.cache
-def _font() -> "FreeTypeFont | ImageFont":
+def _font() -> Any:
     from PIL import ImageFont
 
     return ImageFont.load_default(FONT_SIZE)

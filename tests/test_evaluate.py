@@ -27,11 +27,11 @@ from runtime.evaluate import (
     TRIES,
     Episode,
     Evaluator,
-    Player,
     Row,
     analyze,
     open_envs,
     open_loop_windows,
+    play_episodes,
     realized_return,
     summarize,
 )
@@ -285,7 +285,7 @@ def play(num_envs: int, episodes: int = 7, film: bool = True, **options) -> list
     assert envs.num_envs == num_envs
     assert len(getattr(envs, "processes", ())) == (num_envs if num_envs > 1 else 0)
     with contextlib.closing(envs):
-        return Player(counting, envs, 1, torch.device("cpu")).play(episodes, film)
+        return play_episodes(counting, envs, config, torch.device("cpu"), episodes, film)
 
 
 def assert_equal_evaluations(one: list[Episode], other: list[Episode]) -> None:
@@ -332,9 +332,9 @@ def test_more_environments_than_episodes_rest():
     """They are neither reset nor stepped; the time that filming the others takes is measured."""
     config = tiny_config(num_envs=3, eval_episodes=3, episode_steps=20)
     with contextlib.closing(open_envs(config, UnevenEpisodes)) as envs:
-        player = Player(counting, envs, 1, torch.device("cpu"))
-        result = player.play(1, film=True)
-        assert envs.get_attr("begun_with") == (EVAL_SEED, None, None) and player.watch.seconds["video"] > 0
+        watch = Stopwatch()
+        result = play_episodes(counting, envs, config, torch.device("cpu"), 1, film=True, watch=watch)
+        assert envs.get_attr("begun_with") == (EVAL_SEED, None, None) and watch.seconds["video"] > 0
     assert_equal_evaluations(result, play(1, 1))
 
 
@@ -349,15 +349,17 @@ def test_an_environment_that_cannot_be_mended_is_told_without_a_traceback(num_en
     config = tiny_config(num_envs=num_envs, eval_episodes=2, episode_steps=20)
     envs = open_envs(config, Unmendable)
     with pytest.raises(BrokenEnv, match="10 resets failed .* 100%d of it is broken"):
-        Player(counting, envs, 1, torch.device("cpu")).play(2, film=False)
+        play_episodes(counting, envs, config, torch.device("cpu"), 2, film=False)
     close_envs(envs)
     assert not multiprocessing.active_children() and "Traceback" not in capfd.readouterr().err
 
 
 def test_an_episode_that_does_not_end_is_ended():
-    """After `limit` control steps; the next one begins as after any other."""
-    with contextlib.closing(open_envs(tiny_config(eval_episodes=3, episode_steps=20), FakeEnv)) as envs:
-        played = Player(counting, envs, 1, torch.device("cpu"), limit=7).play(3, film=False)
+    """After `eval_steps`; the next one begins as after any other."""
+    config = tiny_config(eval_episodes=3, episode_steps=20)
+    with contextlib.closing(open_envs(config, FakeEnv)) as envs:
+        config = dataclasses.replace(config, eval_steps=7)
+        played = play_episodes(counting, envs, config, torch.device("cpu"), 3, film=False)
     assert [(x.number, x.length, x.terminal) for x in played] == [(0, 7, False), (1, 7, False), (2, 7, False)]
 
 

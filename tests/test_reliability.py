@@ -51,7 +51,7 @@ from faulty_env import (
 from runtime import checkpoint, cli, collect, device, envs, evaluate
 from runtime.checkpoint import RunFolder, non_finite
 from runtime.console import StopSignals
-from runtime.envs import RebuildingEnv, env_seeds
+from runtime.envs import RebuildingEnv, own_seed
 from tiny import descend, tiny_config, tiny_dreamer
 
 ROOT = Path(__file__).parent.parent
@@ -967,7 +967,7 @@ def test_a_run_survives_resets_that_fail(tmp_path, capsys):
 def test_workers_survive_every_kind_of_fault(tmp_path):
     """R17: two workers, both faulty, at different times; also an exception that can't be sent to another process."""
     make_env, _ = faulty(
-        *STEP_FAULTS, steps={45 * (i + 1) for i in range(100)}, resets={7, 8, 9}, seeds=env_seeds(0, 2)
+        *STEP_FAULTS, steps={45 * (i + 1) for i in range(100)}, resets={7, 8, 9}, seeds=[0, own_seed(0, 1)]
     )
     flags = f"--num_envs 2 --steps {2 * 45 * len(STEP_FAULTS)} --capacity 4000 --prefill 40 --train_every 80"
     flags += " --checkpoint_minutes 60 --eval_every 100000 --save_replay false"

@@ -14,7 +14,7 @@ from env import make_env
 from results import add, plot
 from runtime.checkpoint import load_policy
 from runtime.cli import check_config, defaults, marked
-from runtime.evaluate import Player, describe, eval_options, open_envs, summarize
+from runtime.evaluate import describe, eval_options, open_envs, play_episodes, summarize
 from train import PRESETS, Config
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -173,7 +173,7 @@ def test_a_shipped_policy_solves_its_task(task, success, share):
     """On RoboSuite, 20 episodes: success and return are not far below those in results/README.md."""
     policy, config = load_policy(POLICIES[task])
     envs = open_envs(config, make_env)
-    summary = summarize(Player(policy, envs, config.action_repeat, torch.device("cpu")).play(20, film=False))
+    summary = summarize(play_episodes(policy, envs, config, torch.device("cpu"), 20, film=False))
     envs.close()
     print(f"\n{describe(summary)}")
     assert (

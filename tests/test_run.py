@@ -519,7 +519,7 @@ def test_each_phase_is_named_in_the_bar(tmp_path, monkeypatch, capsys):
 
 def test_the_end_names_no_policy_if_there_is_none(tmp_path, monkeypatch, capsys):
     """Without a complete evaluation, there is nothing that `--eval` could play."""
-    monkeypatch.setattr(evaluate.Player, "play", lambda *_: [])
+    monkeypatch.setattr(evaluate, "play_episodes", lambda *_: [])
     assert train(tmp_path / "run") == 1
     out = capsys.readouterr().out
     assert "done: 100 steps" in out and "--report" in out and "--eval" not in out
