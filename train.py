@@ -386,10 +386,6 @@ class WorldModel(nn.Module):
         """The environment's rewards (...) as the reward head learns them (...): divided by their size, if so asked."""
         return reward / self.reward_size()
 
-    def true_reward(self, learned: Tensor) -> Tensor:
-        """The environment's rewards (...) that `learned_reward` would turn into these."""
-        return learned * self.reward_size()
-
     def reward_size(self) -> Tensor:
         """What rewards are divided by, a scalar: the running root mean square of the batches' rewards, or 1."""
         if not self.config.reward_norm:

@@ -492,7 +492,7 @@ class Evaluator:
         self._video(step, "openloop", open_loop_video(truth, model, c.cameras, CONTEXT))
         dreamed = dream(self.agent, Batch(*(x[:CONTEXT] for x in windows)), DREAM_STEPS, draws)
         image = dreamed.image.float().cpu().numpy()
-        reward = self.agent.world_model.true_reward(dreamed.reward) / c.action_repeat  # of a control step
+        reward = dreamed.reward * self.agent.world_model.reward_size() / c.action_repeat  # of a control step
         self._video(step, "dream", dream_video(truth[:CONTEXT], image, reward.cpu().numpy(), c.cameras, c.horizon))
 
     def _video(self, step: int, name: str, frames: np.ndarray) -> None:

@@ -264,16 +264,6 @@ def test_a_head_that_says_the_reward_has_no_gradient():
     assert model.reward.out.bias.grad.abs().item() < 1e-6
 
 
-def test_what_the_model_learns_can_be_told_in_the_environments_rewards():
-    """`true_reward` undoes `learned_reward`."""
-    model = tiny_dreamer(tiny_config(reward_norm=True)).world_model
-    model.loss(random_batch(model.config), seeded())
-    reward = torch.tensor([-1.5, 0.0, 0.3, 2.0])
-    assert model.reward_size() != 1 and torch.allclose(
-        model.true_reward(model.learned_reward(reward)), reward, atol=1e-4
-    )
-
-
 def test_time_limits_keep_the_discount():
     """The discount head learns gamma wherever the task did not end, so also at a time limit, and 0 where it did."""
     config = tiny_config(discount=0.9)
