@@ -1,11 +1,13 @@
 """The machine that a run is on: its device, precision and memory, and a check of a device's gradients."""
 
+import contextlib
 import ctypes
 import importlib
 import math
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 import fast
 from buffer import Batch, ReplayBuffer
 from networks import Draws
-from runtime.console import Failure, UserError
+from runtime.console import Failure, UserError, warn_once
 from runtime.envs import own_seed
 from train import Config, Dreamer
 
@@ -150,6 +152,41 @@ def _text(path: Path) -> str:
 def _numbers(folder: Path, names: Sequence[str]) -> list[int]:
     """The numbers in these files; "max" and -1, which mean no limit, are none."""
     return [int(word) for name in names for word in _text(folder / name).split() if word.isdecimal()]
+
+
+class OtherPrograms:
+    """Tells once if other programs keep cores busy that this run's threads are to share with them.
+
+    Threads of torch wait for each other after each operation, and one that has no core keeps all of them waiting. On
+    two cores, one of which another program kept busy, two threads needed nine times as long for an update as one.
+    """
+
+    WINDOW = 15  # seconds, at least, over which processor time is measured
+
+    def __init__(self) -> None:
+        self.since = processor_seconds()
+
+    def look(self) -> None:
+        """Tell it if it has been so since the last look. Call this after an update, where threads are at work."""
+        if time.monotonic() - self.since[0] < self.WINDOW:
+            return
+        now, threads, cores = processor_seconds(), torch.get_num_threads(), psutil.cpu_count() or 1
+        seconds, busy, own = (new - old for new, old in zip(now, self.since, strict=True))
+        self.since, others = now, (busy - own) / seconds
+        if threads > 1 and threads + others > cores + 0.5:
+            fewer = max(1, min(threads - 1, int(cores - others)))
+            taken = f"other programs keep {others:.1f} of {cores} cores busy"
+            cure = f"started with OMP_NUM_THREADS={fewer}, it may be several times as fast"
+            warn_once("others", f"{taken}, for which this run's {threads} threads wait: {cure}")
+
+
+def processor_seconds() -> tuple[float, float, float]:
+    """The clock, and processor time: that of all programs, and that of this one with its workers."""
+    machine, own = psutil.cpu_times(), 0.0
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            own += sum(process.cpu_times()[:2])
+    return time.monotonic(), machine.user + machine.system + getattr(machine, "nice", 0.0), own
 
 
 def limit_threads(root: Path = Path("/")) -> None:

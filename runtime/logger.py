@@ -20,7 +20,7 @@ from torch import Tensor
 
 from buffer import ReplayBuffer
 from runtime.console import UserError, warn, warn_once
-from runtime.device import memory
+from runtime.device import OtherPrograms, memory
 from runtime.video import VideoError, write_video
 from train import Dreamer
 
@@ -53,6 +53,7 @@ class Meter:
         self.updates = 0  # since the last line
         self.is_new = True  # no update in this process yet
         self.logged = 0  # control step of the last line
+        self.others = OtherPrograms()
         self.start(0)
 
     def start(self, step: int) -> None:
@@ -65,6 +66,8 @@ class Meter:
             self.totals[name] = self.totals.get(name, 0.0) + value
         self.updates += 1
         self.is_new = False
+        if self.agent.device.type == "cpu":
+            self.others.look()
 
     def due(self, step: int, every: int) -> bool:
         """Whether a line is due, `every` control steps after the last one."""

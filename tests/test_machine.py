@@ -2,8 +2,10 @@
 
 import ctypes
 import mmap
+import multiprocessing
 import os
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,12 +21,14 @@ from runtime.console import UserError
 from runtime.device import (
     M_MMAP_THRESHOLD,
     M_TRIM_THRESHOLD,
+    OtherPrograms,
     free_memory,
     keep_freed_memory,
     limit_threads,
     make_replay,
     pick_device,
     pick_precision,
+    processor_seconds,
 )
 from tiny import tiny_config
 
@@ -270,3 +274,53 @@ def test_memory_is_kept_as_far_as_the_c_library_allows(monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
     keep_freed_memory()
     assert told == [(M_MMAP_THRESHOLD, 2**28), (M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**31 - 1)]
+
+
+def told_of_others(monkeypatch, capsys, *, others: float, threads: int, seconds: float = 20.0) -> str:
+    """What is said after so many seconds in which other programs kept so many of four cores busy."""
+    monkeypatch.setattr(psutil, "cpu_count", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    times = iter([(t, 1000 + 3 * t + others * t, 3 * t) for t in (100.0, 100.0 + seconds)])
+    monkeypatch.setattr(device, "processor_seconds", lambda: next(times))
+    programs = OtherPrograms()
+    monkeypatch.setattr(device.time, "monotonic", lambda: 100.0 + seconds)
+    programs.look()
+    return capsys.readouterr().out
+
+
+def test_programs_that_take_cores_of_its_threads_are_told(monkeypatch, capsys):
+    """Once, with the number of threads that leaves them their cores."""
+    words = "warning: other programs keep 1.2 of 4 cores busy, for which this run's 4 threads wait"
+    said = told_of_others(monkeypatch, capsys, others=1.2, threads=4)
+    assert said == f"{words}: started with OMP_NUM_THREADS=2, it may be several times as fast\n"
+    assert told_of_others(monkeypatch, capsys, others=1.2, threads=4) == ""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        dict(others=0.3, threads=4),
+        dict(others=1.2, threads=2),
+        dict(others=4.0, threads=1),
+        dict(others=1.2, threads=4, seconds=1.0),
+    ],
+    ids=["hardly any", "cores to spare", "one thread", "too soon"],
+)
+def test_programs_that_do_no_harm_are_not_told(monkeypatch, capsys, case):
+    """Where every thread has a core, or no thread waits for another one."""
+    assert told_of_others(monkeypatch, capsys, **case) == ""
+
+
+def test_processor_time_of_workers_is_the_runs_own():
+    """Real counters: what a child of this process takes is part of its own."""
+    _, machine, own = processor_seconds()
+    child = multiprocessing.get_context("spawn").Process(target=sum, args=(range(10**8),))
+    child.start()
+    try:
+        while psutil.Process(child.pid).cpu_times().user < 1:
+            time.sleep(0.05)
+        _, machine_later, own_later = processor_seconds()
+    finally:
+        child.kill()
+        child.join()
+    assert own_later - own >= 1 and machine_later - machine >= 0.9
