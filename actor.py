@@ -1,4 +1,4 @@
-"""The policy: feat -> distribution over actions in [-1, 1], and that distribution.
+"""The policy, feat -> distribution over actions in [-1, 1], and the class of that distribution.
 
 Gradients are those of the author's TensorFlow code. Shapes: the legend is in train.py.
 """
@@ -85,6 +85,6 @@ class Actor(nn.Module):
         return self.distribution(*self.raw(feat))
 
     def raw(self, feat: Tensor) -> tuple[Tensor, Tensor]:
-        """The raw outputs (..., A) that `distribution` is made of, which takes those of many steps stacked."""
+        """The raw outputs (..., A) from which `distribution` is made; those of many steps may be stacked."""
         x = self.mlp(feat)
         return in_float32(self.out, x), in_float32(self.std, x)

@@ -46,8 +46,8 @@ RESTORED_BYTES = 1 << 20  # a reset restores the model's arrays below this size;
 class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     """One single-arm RoboSuite task, built in seconds. RuntimeError without OpenGL, ValueError for bad input.
 
-    The keywords are constants of train.Config, which says what they mean. run.py refuses more of their values; here is
-    refused what would go wrong without an error. What Config does not say:
+    The keywords are constants of train.Config, which says what they mean. run.py refuses more of their values; here,
+    unknown names are refused, and what would go wrong without an error. What Config does not say:
 
     task            defining the class of a task of your own registers it
     controller      "OSC_POSE" has 7 actions with the gripper, "OSC_POSITION" 4
@@ -89,8 +89,8 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._renderer: Renderer | None = None
         self._task: Any = None
         if action_repeat < 1 or episode_steps < 1 or episode_steps % action_repeat:  # it would end late, or never
-            multiple = f"use a multiple of action_repeat={action_repeat}, both 1 or more"
-            raise ValueError(f"episode_steps={episode_steps}: {multiple}")
+            valid = f"use a multiple of action_repeat, which is {action_repeat}; both must be 1 or more"
+            raise ValueError(f"episode_steps={episode_steps}: {valid}")
         _check_rate(control_freq)
         mujoco, robosuite = import_simulator()
         robosuite.macros.SIMULATION_TIMESTEP = PHYSICS_STEP  # in a user's macros_private.py it may be another
@@ -164,7 +164,7 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         total, terminated, success = 0.0, False, False
         for _ in range(self._action_repeat):
             _, reward, terminated, _ = self._task.step(command)
-            if self._task.sim.data._data.warning[UNSTABLE].number.any():  # and is back in the model's own pose
+            if self._task.sim.data._data.warning[UNSTABLE].number.any():  # MuJoCo has put it back into its first pose
                 raise RuntimeError("the simulation became unstable")
             total += float(reward)
             self._steps += 1

@@ -27,8 +27,10 @@ from runtime.logger import read_metrics  # noqa: E402
 from train import Config  # noqa: E402
 
 CURVE = "run", "seed", "env_step", "hours", "return", "return_std", "return_share", "success", "episodes", "eval_action"
-RUN: tuple[str, ...] = ("run", "task", "preset", "seed", "overrides", "eval_steps")
-RUN += ("cores", "hours", "commit", "hardware", "status", "note")
+RUN = (
+    *("run", "task", "preset", "seed", "overrides", "eval_steps"),
+    *("cores", "hours", "commit", "hardware", "status", "note"),
+)
 # Constants that a run's row does not list: it has a column for them, or they change nothing of what is learned.
 UNLISTED = {"task", "preset", "seed", "run_dir", "device", "wandb", "video_every", "checkpoint_minutes"}
 # Constants that are listed, but do not make a run an experiment: they change nothing of what is learned by a step.

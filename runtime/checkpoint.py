@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from buffer import Episode, ReplayBuffer
-from runtime.cli import marked
+from runtime.cli import hints, marked
 from runtime.console import Failure, UserError, say, told, warn, warn_once
 from runtime.logger import Logger
 from train import MAX_SKIPPED_IN_A_ROW, Behavior, Config, Dreamer, Policy, WorldModel
@@ -555,6 +555,8 @@ def load_policy(path: str | Path) -> tuple[Policy, Config]:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(saved, dict):  # a tensor would answer to a name with a warning of torch's
             raise TypeError("no policy")
+        if gone := saved["config"].keys() - hints().keys():
+            raise UserError(f"{path} is no policy file of this release: it has {', '.join(sorted(gone))}")
         config = Config(**saved["config"])
         if lacking := {*marked("env"), *marked("fixed"), "eval_action"} - saved["config"].keys():
             what = ", ".join(sorted(lacking))  # whose default of today may not be what it was

@@ -1,4 +1,4 @@
-"""The command line: flags from the fields of `train.Config`, checks of their values, what is said before and after."""
+"""The command line: flags from the fields of `train.Config`, checks of their values, what is said before a run."""
 
 import dataclasses
 import difflib
@@ -305,7 +305,11 @@ def check_config(config: Config) -> None:
 
 def check_same_run(run_dir: Path, saved: dict[str, Any], config: Config) -> list[str]:
     """Refuse to continue a run with other fixed or kept constants (UserError); which others have changed, in words."""
-    changes = [f"{name} {_text(old)} -> gone" for name, old in saved.items() if name not in hints()]
+    changes = []
+    if gone := saved.keys() - hints().keys():  # what today's code does in its place may not be what that run did
+        raise UserError(
+            f"the run in {run_dir} is from another release, with {', '.join(sorted(gone))}: choose another --run_dir"
+        )
     fixed = {*marked("fixed"), *marked("kept")} - ({"rotation_scale"} if config.controller != "OSC_POSE" else set())
     for name, new in dataclasses.asdict(config).items():
         if name in fixed and name not in saved:  # its default of today may not be what it was

@@ -198,7 +198,7 @@ class Collector:
             HeldActions(share, self.rng, gripper=gripper, moves=moves, steps=steps) for _ in self.resets
         ]
         self.stats = [EpisodeStats(config.action_repeat) for _ in self.resets]
-        self.failed = np.zeros(config.num_envs, bool)  # in the last step, which ends the episode
+        self.failed = np.zeros(config.num_envs, bool)  # whether its last step failed, which ends the episode
         self.recent: deque[bool] = deque(maxlen=max(RECENT, 4 * config.num_envs))  # whether the last episodes failed
         self.last_fault = ""
         self.successes: deque[float] = deque(maxlen=LAST)

@@ -1,4 +1,4 @@
-"""The machine that a run is on: its device, precision and memory, and a check of a device's gradients."""
+"""The machine that a run is on: device, precision, memory, other programs, and a check of a device's gradients."""
 
 import contextlib
 import ctypes
@@ -155,7 +155,7 @@ def _numbers(folder: Path, names: Sequence[str]) -> list[int]:
 
 
 class OtherPrograms:
-    """Tells once if other programs keep cores busy that this run's threads are to share with them.
+    """Warns once if other programs take cores that this run's threads need.
 
     Threads of torch wait for each other after each operation, and one that has no core keeps all of them waiting. On
     two cores, one of which another program kept busy, two threads needed nine times as long for an update as one.
@@ -167,13 +167,13 @@ class OtherPrograms:
         self.since = processor_seconds()
 
     def look(self) -> None:
-        """Tell it if it has been so since the last look. Call this after an update, where threads are at work."""
+        """Warn if they took cores since the last look. To be called after an update, while threads work."""
         if time.monotonic() - self.since[0] < self.WINDOW:
             return
         now, threads, cores = processor_seconds(), torch.get_num_threads(), psutil.cpu_count() or 1
         seconds, busy, own = (new - old for new, old in zip(now, self.since, strict=True))
         self.since, others = now, (busy - own) / seconds
-        if threads > 1 and threads + others > cores + 0.5:
+        if own >= 0 and threads > 1 and threads + others > cores + 0.5:  # elsewhere, `own` falls when a child ends
             fewer = max(1, min(threads - 1, int(cores - others)))
             taken = f"other programs keep {others:.1f} of {cores} cores busy"
             cure = f"started with OMP_NUM_THREADS={fewer}, it may be several times as fast"
@@ -185,7 +185,7 @@ def processor_seconds() -> tuple[float, float, float]:
     machine, own = psutil.cpu_times(), 0.0
     for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
         with contextlib.suppress(psutil.Error):  # it has just ended
-            own += sum(process.cpu_times()[:2])
+            own += sum(process.cpu_times()[:4])  # with that of its children that have ended, which only Linux knows
     return time.monotonic(), machine.user + machine.system + getattr(machine, "nice", 0.0), own
 
 

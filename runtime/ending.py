@@ -21,7 +21,7 @@ from train import Config, Dreamer
 
 @dataclasses.dataclass
 class Outcome:
-    """Of a command."""
+    """How a command ended."""
 
     exit_code: int = 0
 

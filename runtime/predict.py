@@ -1,6 +1,6 @@
 """What the world model expects to see and to get: open-loop predictions, dreams, and its judgment of states.
 
-Evaluations look at these; no update does, and none of them leaves a gradient. Shapes: the legend is in train.py.
+Only evaluations use these, and they leave no gradient. Shapes: the legend is in train.py.
 """
 
 from typing import NamedTuple

@@ -720,7 +720,7 @@ def test_a_policy_file_of_another_release_is_refused_in_one_line(change, tmp_pat
     else:
         del saved["config"]["eval_action"]
     torch.save(saved, tmp_path / "policy.pt")
-    told = ": it lacks eval_action" if change == "constant missing" else ""
+    told = {"constant missing": ": it lacks eval_action", "constant unknown": ": it has warp"}.get(change, "")
     with pytest.raises(UserError, match="policy.pt is no policy file of this release" + told):
         checkpoint.load_policy(tmp_path / "policy.pt")
     with pytest.raises(

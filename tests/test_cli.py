@@ -1,4 +1,4 @@
-"""The command line: a flag for each field of Config, checks of their values, and words before and after a run."""
+"""The command line: a flag for each field of Config, checks of their values, and words before a run."""
 
 import dataclasses
 import re
@@ -499,12 +499,12 @@ def test_what_weights_or_episodes_depend_on_is_fixed(name, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_checkpoint_that_lacks_a_fixed_constant_is_refused():
+def test_a_checkpoint_that_lacks_a_fixed_constant_or_has_an_unknown_one_is_refused():
     """It is of another release, whose constant may have been another; any other constant may be missing."""
     saved = dataclasses.asdict(Config())
-    assert cli.check_same_run(Path("old"), saved | {"run_dir": "new", "old_scale": 2.0}, Config()) == [
-        "old_scale 2.0 -> gone"
-    ]
+    with pytest.raises(UserError, match="^the run in old is from another release, with old_scale: choose another"):
+        cli.check_same_run(Path("old"), saved | {"old_scale": 2.0}, Config())
+    assert cli.check_same_run(Path("old"), saved | {"run_dir": "new"}, Config()) == []
     del saved["model_lr"]
     assert cli.check_same_run(Path("old"), saved, Config()) == [f"model_lr new -> {Config.model_lr}"]
     del saved["deter"]

@@ -38,7 +38,7 @@ from runtime.evaluate import (
 from runtime.logger import Stopwatch
 from runtime.predict import Prediction, dream
 from test_run import metrics, newest, train
-from tiny import ACTION_SIZE, image_shape, seeded, tiny_config, tiny_dreamer
+from tiny import ACTION_SIZE, image_shape, random_batch, seeded, tiny_config, tiny_dreamer
 from train import PRESETS, Config, Dreamer, Policy
 
 
@@ -168,6 +168,22 @@ def test_looking_leaves_the_agent_as_it_was():
     assert torch.equal(stream, torch.get_rng_state())
     assert all(torch.equal(before[name], value) for name, value in agent.world_model.state_dict().items())
     assert all(p.grad is None for p in agent.world_model.parameters())
+
+
+def test_dreams_tell_rewards_of_a_control_step(tmp_path, monkeypatch):
+    """In the environment's units: what the model learns is divided by its size, and of a whole action."""
+    config = tiny_config(reward_norm=True, action_repeat=2)
+    agent, told = tiny_dreamer(config), []
+    agent.world_model.loss(random_batch(config), seeded())
+    assert agent.world_model.reward_size() != 1
+    evaluator = Evaluator(config, agent, FakeEnv, SimpleNamespace(run_dir=tmp_path), Stopwatch(), StopSignals(), None)
+    evaluator._video = lambda *_: None
+    monkeypatch.setattr(evaluate, "dream", lambda agent, batch, steps, draws: Prediction(batch.image / 255, reward))
+    monkeypatch.setattr(evaluate, "dream_video", lambda seen, image, reward, *_: told.append(reward))
+    analysis = analyze(agent, [recording(60, channels=image_shape(config)[0])], seeded(), 1.0)
+    reward = torch.full((5, 1), 3.0)
+    evaluator._film(10, None, analysis, seeded())
+    assert told[0] == pytest.approx(np.full((5, 1), 3.0 * float(agent.world_model.reward_size()) / 2))
 
 
 # ------------------------------------------------------------------------------------------ in a run

@@ -470,6 +470,16 @@ def some_meter(updates: int = 0) -> Meter:
     return Meter(agent, replay, Stopwatch())
 
 
+def test_updates_look_for_other_programs(clock):
+    """On a CPU each of them does; a GPU's updates need no core."""
+    meter, looks = some_meter(), []
+    meter.others.look = lambda: looks.append(meter.updates)
+    for kind in "cpu", "cuda", "cpu":
+        meter.agent.device = torch.device(kind)
+        meter.add({})
+    assert looks == [1, 3]
+
+
 def test_a_line_has_means_and_speeds_since_the_last_one(clock):
     """Means over the updates, rates over the seconds; the next line begins anew."""
     meter = some_meter(updates=10)

@@ -52,7 +52,7 @@ from runtime import checkpoint, cli, collect, device, envs, evaluate
 from runtime.checkpoint import RunFolder, non_finite
 from runtime.console import StopSignals
 from runtime.envs import RebuildingEnv, own_seed
-from tiny import descend, tiny_config, tiny_dreamer
+from tiny import descend, random_batch, tiny_config, tiny_dreamer
 
 ROOT = Path(__file__).parent.parent
 EPISODE = 20  # control steps
@@ -858,6 +858,16 @@ def test_skips_are_counted_in_a_row_on_the_device():
         descend(optimizer, loss)
         assert int(optimizer.skipped_in_a_row) == expected
     assert not non_finite(agent)
+
+
+def test_a_moment_that_is_not_finite_has_a_name():
+    """The first one in the order of the parameters."""
+    agent = tiny_dreamer(tiny_config())
+    agent.train_step(random_batch(agent.config))
+    assert not non_finite(agent)
+    for i in 3, 1:
+        agent.value_optimizer.adam.state[agent.value_optimizer.params[i]]["exp_avg_sq"].fill_(float("inf"))
+    assert non_finite(agent) == "value_optimizer.adam.state.1.exp_avg_sq"
 
 
 def test_a_skipped_update_leaves_no_trace_in_the_return_range():

@@ -84,6 +84,7 @@ def debug_run(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     run_dir = tmp_path_factory.mktemp("debug run ü") / "run"
     environ = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
     environ["NETRC"] = os.devnull  # where `wandb login` leaves its key
+    environ["OMP_NUM_THREADS"] = "1"  # with more of them, it might warn of other programs
     command = [sys.executable, str(ROOT / "run.py"), "--preset", "debug", "--device", "cpu", "--run_dir", str(run_dir)]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environ, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
