@@ -89,8 +89,8 @@ class RoboSuiteEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._renderer: Renderer | None = None
         self._task: Any = None
         if action_repeat < 1 or episode_steps < 1 or episode_steps % action_repeat:  # it would end late, or never
-            valid = f"use a multiple of action_repeat, which is {action_repeat}; both must be 1 or more"
-            raise ValueError(f"episode_steps={episode_steps}: {valid}")
+            multiple = f"use a multiple of action_repeat={action_repeat}, both 1 or more"
+            raise ValueError(f"episode_steps={episode_steps}: {multiple}")
         _check_rate(control_freq)
         mujoco, robosuite = import_simulator()
         robosuite.macros.SIMULATION_TIMESTEP = PHYSICS_STEP  # in a user's macros_private.py it may be another

@@ -109,7 +109,7 @@ def _import_rendering(name: str) -> Any:
 def aim(mujoco: Any, task: Any, camera_ids: Sequence[int], radius: float) -> None:
     """Turns the standing cameras to the place below the hand's first one, and narrows them to `radius` around it."""
     if not 0 < radius < math.inf:  # the pictures would be black, or of anything
-        raise ValueError(f"camera_radius={radius!r}: use a finite number, 0 or more")
+        raise ValueError(f"camera_radius={radius!r}: use 0 or more")
     model, robot = task.sim.model._model, task.robots[0]
     data = mujoco.MjData(model)  # the arm's own first pose: a reset has moved it a little, at random
     data.qpos[:] = task.sim.data.qpos
