@@ -101,9 +101,8 @@ def check_block() -> None:
             for name in constants.keys() - hints().keys():
                 hint = _did_you_mean(name, hints(), "Config has no such constant")
                 raise UserError(f"{table} in train.py, {entry}: unknown constant {name}: {hint}")
-            check_fields(
-                dataclasses.replace(Config(), **constants)
-            )  # tyro would warn of a wrong type in lines of its own
+            # Here, as tyro would warn of a wrong type in lines of its own.
+            check_fields(dataclasses.replace(Config(), **constants))
 
 
 def _did_you_mean(name: str, valid: Iterable[str], otherwise: str, dashes: str = "") -> str:

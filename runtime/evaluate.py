@@ -155,10 +155,11 @@ def play_episodes(
                 image, info = envs.reset(seed=seeds, options={"reset_mask": first.copy()})
                 failed = faults(envs, info)
                 for i, episode in enumerate(running):
-                    if episode and first[i]:
-                        if failed[i]:
-                            warn(f"a reset of the evaluation failed and was drawn anew: {info['env_error'][i]}")
-                        add(i, episode, nothing, 0.0, False)
+                    if episode is None or not first[i]:
+                        continue
+                    if failed[i]:
+                        warn(f"a reset of the evaluation failed and was drawn anew: {info['env_error'][i]}")
+                    add(i, episode, nothing, 0.0, False)
             each_step(min(episode.number for episode in running if episode))
             images, is_first = (torch.as_tensor(x, device=device) for x in (image, first))
             chosen, state = act(images, None if first.all() else state, is_first, draws, deterministic=True)
@@ -166,20 +167,22 @@ def play_episodes(
             image, reward, terminated, truncated, info = envs.step(action)
             failed, success = faults(envs, info), info.get("success", np.zeros(len(action), bool))
             for i, episode in enumerate(running):
-                if episode and failed[i]:
+                if episode is None:
+                    continue
+                if failed[i]:
                     warn(f"an episode of the evaluation failed and is played with other draws: {info['env_error'][i]}")
                     again = episode.again()
                     running[i] = again if again.attempt < TRIES else next(waiting, None)
-                elif episode:
-                    episode.add(float(reward[i]), bool(success[i]))
-                    add(i, episode, action[i], reward[i], bool(success[i]))
-                    if terminated[i] or truncated[i] or episode.length >= limit:
-                        episode.terminal = bool(terminated[i])
-                        film = film and not episode.renders
-                        done = sorted([*done, episode], key=lambda x: x.number)
-                        for later in done[RECORDINGS:]:
-                            later.rows.clear()
-                        running[i] = next(waiting, None)
+                    continue
+                episode.add(float(reward[i]), bool(success[i]))
+                add(i, episode, action[i], reward[i], bool(success[i]))
+                if terminated[i] or truncated[i] or episode.length >= limit:
+                    episode.terminal = bool(terminated[i])
+                    film = film and not episode.renders
+                    done = sorted([*done, episode], key=lambda x: x.number)
+                    for later in done[RECORDINGS:]:
+                        later.rows.clear()
+                    running[i] = next(waiting, None)
     return done
 
 
