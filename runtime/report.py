@@ -1,21 +1,26 @@
-"""report.html shows runs at a glance: curves, evaluations, pictures and constants, in one file that loads no other."""
+"""report.html shows runs at a glance: curves, evaluations, pictures and constants, in one file that loads no other.
+
+docs/metrics.md says which plots there are: its headings are the sections, and metrics with the same title share a plot.
+"""
 
 import base64
 import colorsys
+import fnmatch
+import functools
 import io
 import json
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from runtime.checkpoint import write_file
 from runtime.console import UserError
 from runtime.logger import read_metrics
-from runtime.metrics import SECTIONS, Panel, meaning
 from runtime.predict import CONTEXT
 from train import Config
 
@@ -23,6 +28,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.typing import RcKeyType
 
+PAGE = Path(__file__).parent.parent / "docs" / "metrics.md"
+OTHERS = "All other metrics"
+LOG = ", log axis"  # ends the titles of plots with one
+MEAN_OF = 10  # training episodes, whose figures are noisy
 COLORS = ("#0b6fb8", "#d9730d", "#2a9d5c", "#c23b6b", "#7a5bc9", "#8a6d3b", "#4b9fb5", "#777777")
 DASHES = ("-", "--", ":", "-.")  # they tell metrics apart where colors tell runs apart
 PLOT_STYLE: "dict[RcKeyType, Any]" = {
@@ -62,6 +71,27 @@ FILMS = {  # kind of video: title, and the frames that are shown, as shares of i
     "dream": ("What the policy imagines", (0.1, 0.388, 1.0)),
 }
 UNREADABLE = (OSError, ImportError, RuntimeError, ValueError, IndexError)  # a damaged video, or one without ffmpeg
+
+
+class Metric(NamedTuple):
+    """A row of the page of metrics."""
+
+    section: str
+    name: str  # `*` in it stands for a number
+    meaning: str
+    plot: str  # title; empty: it has a plot of its own among all other metrics
+
+
+@functools.cache
+def described() -> list[Metric]:
+    """What the page of metrics has; nothing if it is not there."""
+    found, section = [], ""
+    for line in PAGE.read_text().splitlines() if PAGE.exists() else ():
+        if line.startswith("## "):
+            section = line[3:]
+        elif row := re.fullmatch(r"\| `(.+?)` \| (.+) \|(.*)\|", line):
+            found.append(Metric(section, row[1], row[2], row[3].strip()))
+    return found
 
 
 @dataclass
@@ -179,8 +209,6 @@ def _page(runs: list[RunData]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     logged = {name for run in runs for line in run.lines for name in line} - {"env_step"}
-    drawn = {name for panels in SECTIONS.values() for panel in panels for name in panel.curves(logged)}
-    sections = [(name, _plots(panels, runs, logged)) for name, panels in SECTIONS.items()]
     constants = dict.fromkeys(name for run in runs for name in run.config)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -194,11 +222,11 @@ def _page(runs: list[RunData]) -> str:
         title=", ".join(run.name for run in runs),
         runs=runs,
         several=len(runs) > 1,
-        sections=[(name, pictures) for name, pictures in sections if pictures],
+        sections=_sections(runs, logged),
+        others=OTHERS,
         columns=COLUMNS,
         differing=[name for name in constants if len({json.dumps(run.config.get(name)) for run in runs}) > 1],
         standard=json.loads(json.dumps(asdict(Config()))),
-        others=_plots([Panel(name, {name: ""}) for name in sorted(logged - drawn)], runs, logged),
     )
 
 
@@ -228,19 +256,25 @@ def _frames(path: Path, shares: Sequence[float]) -> list[bytes]:
     return [imageio.imwrite("<bytes>", frame, format="jpg", quality=85) for frame in chosen]
 
 
-def _plots(panels: Sequence[Panel], runs: list[RunData], logged: set[str]) -> list[dict[str, str]]:
-    """Draw the panels of which some run has metrics, given the names of all that the runs have logged."""
-    plots = []
-    for panel in panels:
-        if names := panel.curves(logged):
-            title = panel.title + (f", mean of {panel.mean_of}" if panel.mean_of > 1 else "")
-            about = "\n".join(f"{name}: {sentence}" for name in names if (sentence := meaning(name)))
-            plots.append(_picture(title, "svg+xml", _plot(panel, title, names, runs), about))
-    return plots
+def _sections(runs: list[RunData], logged: set[str]) -> dict[str, list[dict[str, str]]]:
+    """The plots of each section, of all metrics that some run has logged."""
+    plots: dict[tuple[str, str], dict[str, str]] = {}  # section and title: each metric, and what it is
+    for metric in described():
+        for name in sorted(fnmatch.filter(logged, metric.name), key=lambda name: (len(name), name)):  # by number
+            key = (metric.section, metric.plot) if metric.plot else (OTHERS, name)
+            plots.setdefault(key, {})[name] = metric.meaning
+    known = {name for names in plots.values() for name in names}
+    plots |= {(OTHERS, name): {name: ""} for name in sorted(logged - known)}
+    sections: dict[str, list[dict[str, str]]] = {}
+    for (section, title), names in sorted(plots.items(), key=lambda item: item[0][0] == OTHERS):
+        about = "\n".join(f"{name}: {meaning}" for name, meaning in names.items() if meaning)
+        picture = _picture(title, "svg+xml", _plot(title, list(names), runs), about)
+        sections.setdefault(section, []).append(picture)
+    return sections
 
 
-def _plot(panel: Panel, title: str, names: dict[str, str], runs: list[RunData]) -> bytes:
-    """Draw metrics, each with its label, of all runs as an SVG image."""
+def _plot(title: str, names: Sequence[str], runs: list[RunData]) -> bytes:
+    """Draw metrics of all runs as an SVG image."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
@@ -249,20 +283,23 @@ def _plot(panel: Panel, title: str, names: dict[str, str], runs: list[RunData]) 
     with matplotlib.rc_context(PLOT_STYLE):
         figure = Figure(figsize=(5.0, 2.7), layout="constrained")
         axes = figure.subplots()
+        noisy = all(name.startswith("episode/") for name in names)
+        title += f", mean of {MEAN_OF}" if noisy else ""
         axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color="#1f2328")
-        styles = [(COLORS[i % len(COLORS)], DASHES[i % len(DASHES)] if several else "-") for i in range(len(names))]
-        for run in runs:
-            for name, (color, dash) in zip(names, styles, strict=True):
-                _curve(axes, panel, run, name, run.color if several else color, dash)
-        if any(names.values()):
-            for label, (color, dash) in zip(names.values(), styles, strict=True):
-                axes.plot([], [], color="#444444" if several else color, linestyle=dash, linewidth=1.5, label=label)
+        mean_of = MEAN_OF if noisy else 1
+        for i, name in enumerate(names):
+            color, dash = COLORS[i % len(COLORS)], DASHES[i % len(DASHES)] if several else "-"
+            for run in runs:
+                _curve(axes, run, name, run.color if several else color, dash, mean_of)
+            if len(names) > 1:
+                axes.plot([], [], color="#444444" if several else color, linestyle=dash, linewidth=1.5, label=name)
+        if len(names) > 1:
             axes.legend(fontsize=8, ncols=2, loc="best", handlelength=1.8)
-        drawn = [values for run in runs for name in names if len(values := run.series(name)[1])]
-        if panel.log and all((values > 0).any() for values in drawn):
+        values = np.concatenate([run.series(name)[1] for run in runs for name in names])
+        if title.endswith(LOG) and values.min() > 0:
             axes.set_yscale("log")
-        if panel.share:
-            axes.set_ylim(-0.03, 1.03)
+        elif values.min() >= 0 and 0.5 < values.max() <= 1 and {0, 1} & {values.min(), values.max()}:
+            axes.set_ylim(-0.03, 1.03)  # shares
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.margins(x=0.02)
         file = io.BytesIO()
@@ -270,17 +307,18 @@ def _plot(panel: Panel, title: str, names: dict[str, str], runs: list[RunData]) 
     return file.getvalue()
 
 
-def _curve(axes: "Axes", panel: Panel, run: RunData, name: str, color: str, dash: str) -> None:
+def _curve(axes: "Axes", run: RunData, name: str, color: str, dash: str, mean_of: int) -> None:
+    """Draw a metric of a run: with its spread if that is logged, or as points and their running mean."""
     steps, values = run.series(name)
     if not len(steps):
         return
-    if panel.mean_of > 1:
+    if mean_of > 1:
         many = len(steps) > 2000  # each point of an SVG takes 400 bytes
         axes.plot(steps, values, ".", markersize=4, alpha=0.3, color=color, markeredgewidth=0, rasterized=many)
-        count = min(panel.mean_of, len(values))  # of all if they are fewer
+        count = min(mean_of, len(values))  # of all if they are fewer
         steps, values = (np.convolve(x, np.full(count, 1 / count), "valid") for x in (steps, values))
-    marker = "o" if len(steps) < 40 and panel.mean_of == 1 else None
+    marker = "o" if len(steps) < 40 and mean_of == 1 else None
     axes.plot(steps, values, color=color, linestyle=dash, linewidth=1.5, marker=marker, markersize=2.5)
-    spread = run.series(panel.spread)[1]
-    if len(spread) == len(values):
+    spread = run.series(name.removesuffix("_mean") + "_std")[1]
+    if name.endswith("_mean") and len(spread) == len(values):
         axes.fill_between(steps, values - spread, values + spread, color=color, alpha=0.15, linewidth=0)
