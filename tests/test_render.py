@@ -119,22 +119,25 @@ def test_pictures_are_close_to_robosuites_own_look(lift, plain):
         assert np.abs(image[3 * k : 3 * k + 3] - picture).mean() < 3
 
 
-def test_small_pictures_are_averages_of_larger_ones(lift):
-    """A pixel of a picture of 32 is the mean of four of one of 64."""
-    large = lift.reset(seed=8)[0].astype(float)
-    small_env = build(image_size=32)
-    small = small_env.reset(seed=8)[0]
-    small_env.close()
+def test_small_pictures_are_averages_of_larger_ones(monkeypatch):
+    """A pixel of a picture of 32 is the mean of four of one of 64, if both have the same meshes."""
+    monkeypatch.setattr(render, "_coarser", lambda mujoco, model, *rest: model)
+    pictures = []
+    for size in (32, 64):
+        environment = build(image_size=size)
+        pictures.append(environment.reset(seed=8)[0])
+        environment.close()
+    small, large = pictures
     assert small.shape == (6, 32, 32) and small.dtype == np.uint8
     np.testing.assert_allclose(small, large.reshape(6, 32, 2, 32, 2).mean((2, 4)), atol=0.5)
 
 
-@pytest.mark.parametrize("task", ["Lift", "Door", "Stack"])
-def test_coarser_meshes_are_hardly_seen(task, monkeypatch):
+@pytest.mark.parametrize(("task", "size"), [("Lift", 64), ("Door", 64), ("Stack", 64), ("Door", 32)])
+def test_coarser_meshes_are_hardly_seen(task, size, monkeypatch):
     """Half of the faces are gone from the agent's pictures, and no picture moves by 3 of 255 on average."""
-    coarse = build(task=task)
+    coarse = build(task=task, image_size=size)
     monkeypatch.setattr(render, "_coarser", lambda mujoco, model, *rest: model)
-    whole = build(task=task)
+    whole = build(task=task, image_size=size)
     for seed in range(3):
         for environment in (coarse, whole):
             environment.np_random = np.random.default_rng(seed)
@@ -146,7 +149,7 @@ def test_coarser_meshes_are_hardly_seen(task, monkeypatch):
 
 
 def test_coarser_meshes_are_a_copy_and_all_there(lift):
-    """The simulation's own model stays whole, no mesh vanishes, and what carries the camera keeps all its faces."""
+    """The simulation's own model stays whole, no mesh vanishes, and what carries the camera keeps most of its faces."""
     model, cameras = lift._task.sim.model._model, lift._renderer._camera_ids
     before = [array.copy() for array in (model.mesh_vert, model.mesh_face, model.mesh_facenum)]
     coarse = render._coarser(lift._renderer._mujoco, model, cameras, 64)
@@ -155,9 +158,10 @@ def test_coarser_meshes_are_a_copy_and_all_there(lift):
     assert coarse.mesh_facenum.sum() < 0.6 * model.mesh_facenum.sum()
     assert coarse.mesh_facenum.min() > 0
     hand, pedestal = model.mesh("gripper0_right_hand_vis").id, model.mesh("fixed_mount0_pedestal").id
-    assert coarse.mesh_facenum[hand] == model.mesh_facenum[hand]
+    assert coarse.mesh_facenum[hand] > 0.8 * model.mesh_facenum[hand]
     assert coarse.mesh_facenum[pedestal] < 0.2 * model.mesh_facenum[pedestal]
-    assert render._coarser(lift._renderer._mujoco, model, cameras, 256).mesh_facenum.sum() > coarse.mesh_facenum.sum()
+    small, large = (render._coarser(lift._renderer._mujoco, model, cameras, size) for size in (32, 128))
+    assert small.mesh_facenum.sum() < coarse.mesh_facenum.sum() < large.mesh_facenum.sum()
 
 
 def test_vertices_of_a_cell_become_one():
