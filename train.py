@@ -191,7 +191,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "discount_head": False,
         "decode_fraction": 0.5,
         "model_lr": 8e-4,
-        "imagine_starts": 256,
+        "imagine_starts": 128,
         "actor_layers": 3,
         "actor_units": 256,
         "actor_lr": 4e-4,
