@@ -31,9 +31,9 @@ SKIP_UNSEEN_GEOMS = True  # Half of the arm is usually out of the camera's view:
 # Meshes are coarser: the vertices in a cell of a grid are one, and a mesh's surface has about so many cells in a
 # picture of 64 x 64. 12.5 -> 7.7 ms. On average a pixel moves by 0.3 of 255 in Lift and by 1.3 in Door, whose
 # agentview has the whole arm; twice the cells would cost 1 ms more in Lift. Without a pedestal it would be by 7.
-# Smaller pictures need fewer cells: at 32 x 32, Lift's three cameras take 11.5 ms instead of 16.5.
+# Smaller pictures need fewer cells: at 32 x 32, Lift's three pictures take 0.72 of the time (benchmarks/README.md).
 AGENT_MESH_CELLS = 4_000
-AGENT_CLOSE = 4  # A mesh that moves with a camera may be so much closer to it, as Sawyer's hand is.
+AGENT_CLOSE = 4  # What moves with a camera may be so many times closer, as Sawyer's hand is: 16 times the cells.
 AGENT_ROUND_SIDES = 16  # of a cylinder, instead of MuJoCo's 28: 6.6 -> 6 ms, after sites; 0.06 of 255 in Door
 
 # Pictures for people have reflections, and are smoothed by drawing larger and averaging.
@@ -270,8 +270,8 @@ def _coarser(mujoco: Any, model: Any, camera_ids: Sequence[int], size: int) -> A
     carriers = model.body_weldid[model.cam_bodyid[list(camera_ids)]]
     close = np.isin(model.body_weldid[model.geom_bodyid], carriers[carriers > 0])  # 0 is the world
     close_meshes = model.geom_dataid[close & (model.geom_type == mujoco.mjtGeom.mjGEOM_MESH)]
+    cells = AGENT_MESH_CELLS * (size / 64) ** 2
     for mesh in range(model.nmesh):
-        cells = AGENT_MESH_CELLS * (size / 64) ** 2
         _merge_vertices(coarse, mesh, cells * AGENT_CLOSE**2 if mesh in close_meshes else cells)
     return coarse
 

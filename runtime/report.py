@@ -283,10 +283,9 @@ def _plot(title: str, names: Sequence[str], runs: list[RunData]) -> bytes:
     with matplotlib.rc_context(PLOT_STYLE):
         figure = Figure(figsize=(5.0, 2.7), layout="constrained")
         axes = figure.subplots()
-        noisy = all(name.startswith("episode/") for name in names)
-        title += f", mean of {MEAN_OF}" if noisy else ""
+        mean_of = MEAN_OF if all(name.startswith("episode/") for name in names) else 1
+        title += f", mean of {mean_of}" if mean_of > 1 else ""
         axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color="#1f2328")
-        mean_of = MEAN_OF if noisy else 1
         for i, name in enumerate(names):
             color, dash = COLORS[i % len(COLORS)], DASHES[i % len(DASHES)] if several else "-"
             for run in runs:
