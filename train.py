@@ -172,97 +172,25 @@ class Config:
 PRESETS: dict[str, dict[str, Any]] = {
     "standard": {},
     # The same task for a laptop without a GPU: a small model, and fewer frames in an update.
-    "cpu": {
-        "image_size": 32,
-        "steps": 100_000,
-        "log_every": 1_000,
-        "eval_every": 10_000,
-        "capacity": 60_000,
-        "prefill": 1_000,
-        "train_every": 6,
-        "batch_length": 25,
-        "cnn_depth": 16,
-        "deter": 256,
-        "hidden": 256,
-        "stoch": 16,
-        "classes": 16,
-        "reward_layers": 2,
-        "reward_units": 256,
-        "discount_head": False,
-        "decode_fraction": 0.5,
-        "model_lr": 8e-4,
-        "imagine_starts": 128,
-        "actor_layers": 3,
-        "actor_units": 256,
-        "actor_lr": 4e-4,
-        "value_layers": 3,
-        "value_units": 256,
-        "value_lr": 4e-4,
-    },
+    "cpu": dict(image_size=32, steps=100_000, log_every=1_000, eval_every=10_000)
+    | dict(capacity=60_000, prefill=1_000, train_every=6, batch_length=25)
+    | dict(cnn_depth=16, deter=256, hidden=256, stoch=16, classes=16, reward_layers=2, reward_units=256)
+    | dict(discount_head=False, decode_fraction=0.5, model_lr=8e-4, imagine_starts=128)
+    | dict(actor_layers=3, actor_units=256, actor_lr=4e-4, value_layers=3, value_units=256, value_lr=4e-4),
     # Everything once, in about half a minute.
-    "debug": {
-        "controller": "OSC_POSITION",
-        "control_freq": 10,
-        "action_repeat": 1,
-        "episode_steps": 30,
-        "steps": 180,
-        "checkpoint_minutes": 0,
-        "log_every": 30,
-        "eval_every": 90,
-        "eval_steps": 0,
-        "eval_episodes": 1,
-        "video_every": 90,
-        "capacity": 1_000,
-        "prefill": 60,
-        "pretrain": 2,
-        "train_every": 10,
-        "batch_size": 4,
-        "batch_length": 10,
-        "cnn_depth": 8,
-        "deter": 64,
-        "hidden": 64,
-        "stoch": 8,
-        "classes": 8,
-        "reward_layers": 2,
-        "reward_units": 64,
-        "discount_layers": 2,
-        "discount_units": 64,
-        "horizon": 5,
-        "imagine_starts": 16,
-        "actor_layers": 2,
-        "actor_units": 64,
-        "value_layers": 2,
-        "value_units": 64,
-    },
+    "debug": dict(controller="OSC_POSITION", control_freq=10, action_repeat=1, episode_steps=30, steps=180)
+    | dict(checkpoint_minutes=0, log_every=30, eval_every=90, eval_steps=0, eval_episodes=1, video_every=90)
+    | dict(capacity=1_000, prefill=60, pretrain=2, train_every=10, batch_size=4, batch_length=10)
+    | dict(cnn_depth=8, deter=64, hidden=64, stoch=8, classes=8, reward_layers=2, reward_units=64)
+    | dict(discount_layers=2, discount_units=64, horizon=5, imagine_starts=16)
+    | dict(actor_layers=2, actor_units=64, value_layers=2, value_units=64),
     # The author's dmc_vision numbers; docs/departures.md lists what is still ours.
-    "paper": {
-        "rotation_scale": 1.0,
-        "cameras": ("agentview",),
-        "camera_radius": 0.0,
-        "episode_steps": 500,
-        "steps": 1_000_000,
-        "eval_steps": 0,
-        "eval_action": "mode",
-        "prefill": 1_000,
-        "replay_focus": 0.0,
-        "held_actions": 0.0,
-        "greedy_episodes": 0.0,
-        "image_norm": "none",
-        "binary_gripper": False,
-        "discount_head": False,
-        "reward_scale": 1.0,
-        "kl_free": 1.0,
-        "kl_free_avg": True,
-        "discount": 0.99,
-        "actor_grad": "dynamics",
-        "actor_entropy": 1e-4,
-        "actor_entropy_final": 1e-4,
-        "entropy_updates": 0,
-        "actor_output_cost": 0.0,
-        "policy_average": 0.0,
-        "return_norm": False,
-        "target_every": 100,
-    },
+    "paper": dict(rotation_scale=1.0, cameras=("agentview",), camera_radius=0.0, episode_steps=500)
+    | dict(steps=1_000_000, eval_steps=0, eval_action="mode", prefill=1_000)
+    | dict(replay_focus=0.0, held_actions=0.0, greedy_episodes=0.0, image_norm="none", binary_gripper=False)
+    | dict(discount_head=False, reward_scale=1.0, kl_free=1.0, kl_free_avg=True, discount=0.99)
+    | dict(actor_grad="dynamics", actor_entropy=1e-4, actor_entropy_final=1e-4, entropy_updates=0)
+    | dict(actor_output_cost=0.0, policy_average=0.0, return_norm=False, target_every=100),
 }
 
 BINS = ("PickPlace", "PickPlaceBread", "PickPlaceCan", "PickPlaceCereal", "PickPlaceMilk", "PickPlaceSingle")
