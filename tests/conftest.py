@@ -1,17 +1,21 @@
 """What the tests share: real environments, the author's recordings, and the table of errors against them."""
 
+import os
 import signal
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests share the cores, and so do the programs that they start
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import simulated
 from runtime import console
 from runtime.device import load_triton
 
 load_triton()  # before the first test that draws
-REFERENCE_ERRORS = pytest.StashKey[list]()
+REFERENCE_ERRORS = "reference_errors"  # name of a property of reports, which workers send
 FILES_A_TABLE = 7  # columns
 
 
@@ -24,7 +28,6 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as under nohup
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    config.stash[REFERENCE_ERRORS] = []
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +39,9 @@ def nothing_told_yet() -> None:
 @pytest.fixture
 def reference_errors(request: pytest.FixtureRequest) -> list:
     """Rows (file, quantity, error, tolerance) that are printed when all tests have run."""
-    return request.config.stash[REFERENCE_ERRORS]
+    rows: list = []
+    request.node.user_properties.append((REFERENCE_ERRORS, rows))
+    return rows
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +75,17 @@ def plain(lift: Any) -> Iterator[Any]:
     task.close()
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     worst: dict[str, dict[str, float]] = {}
     tolerances: dict[str, float] = {}
-    for file, quantity, error, tolerance in config.stash[REFERENCE_ERRORS]:
+    reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+    properties = [x for report in reports if report.when == "call" for x in report.user_properties]
+    errors = [row for name, rows in properties if name == REFERENCE_ERRORS for row in rows]
+    for file, quantity, error, tolerance in errors:
         row = worst.setdefault(quantity, {})
         row[file] = max(error, row.get(file, 0.0))
         tolerances[quantity] = tolerance
-    files = list(dict.fromkeys(file for row in worst.values() for file in row))
+    files = sorted({file for row in worst.values() for file in row})
     for first in range(0, len(files), FILES_A_TABLE):
         shown = files[first : first + FILES_A_TABLE]
         widths = {file: max(10, len(file) + 1) for file in shown}
