@@ -30,9 +30,11 @@ from runtime.device import (
     make_replay,
     pick_device,
     pick_precision,
+    spare_cores,
 )
 from runtime.envs import EnvFailure, check_spaces, close_envs, make_envs
 from runtime.evaluate import Evaluator, MakeEnv, evaluate_policy
+from runtime.learn import BesideSteps
 from runtime.logger import Logger, Meter, Stopwatch, pick_wandb_mode
 from runtime.report import write_report
 from train import Config, Dreamer
@@ -84,6 +86,7 @@ class Parts(NamedTuple):
     replay: ReplayBuffer
     collector: Collector
     ratio: UpdateRatio
+    beside: BesideSteps | None
     meter: Meter
     logger: Logger
     evaluator: Evaluator
@@ -105,7 +108,9 @@ def build(
     """Build the parts of a run, in the state of a checkpoint if there is one; `stack` closes them."""
     generators = GlobalGenerators(device)
     generators.seed(config.seed)
-    envs = make_envs(cli.training_options(config), config.num_envs, config.seed, make_env)
+    cores = spare_cores(device, config.num_envs)
+    apart = cores > 0
+    envs = make_envs(cli.training_options(config), config.num_envs, config.seed, make_env, apart)
     stack.callback(close_envs, envs)
     image_shape, action_size = check_spaces(envs, config.task, len(config.cameras), config.image_size)
     dtype, gripper = pick_precision(config.precision, device), bool(envs.metadata.get("gripper"))
@@ -113,26 +118,30 @@ def build(
     fast.speed_up(agent)
     replay = make_replay(config, image_shape, action_size, device)
     watch, stop = Stopwatch(), StopSignals()
-    collector = Collector(config, envs, agent, replay, watch, stop)
     ratio, meter = UpdateRatio(config, replay), Meter(agent, replay, watch)
+    beside = BesideSteps(agent, meter, watch, stop) if apart else None
+    collector = Collector(config, envs, agent, replay, watch, stop, beside)
 
     wandb_mode = pick_wandb_mode(config.wandb)
-    cli.preflight(config, given, folder.path, agent, envs, replay, wandb_mode)
+    cli.preflight(config, given, folder.path, agent, envs, replay, wandb_mode, apart)
     folder.claim(config)
     logger = Logger(folder.path, dataclasses.asdict(config), wandb_mode[0], state["logger"] if state else None)
     stack.push(lambda error, *_: logger.close(failed=error is not None))
     bar = ProgressBar(config.steps, state["step"] if state else 0)
     stack.callback(bar.close)
-    evaluator = Evaluator(config, agent, make_env, logger, watch, stop, bar)
+    evaluator = Evaluator(config, agent, make_env, logger, watch, stop, bar, cores)
     stack.callback(evaluator.close)
     saved: dict[str, Any] = {"collector": collector, "ratio": ratio, "meter": meter, "evaluator": evaluator}
     files = ReplayFiles(folder.path, replay, config.save_replay)
-    checkpointer = Checkpointer(config, agent, files, logger, generators, **saved)
+    checkpointer = Checkpointer(config, agent, files, logger, generators, apart, **saved)
     if state is not None:
         checkpointer.restore(state)
     else:
         checkpointer.hold(0, -1, last=False)  # for a stop or an error before the first episode has ended
-    p = Parts(config, agent, replay, collector, ratio, meter, logger, evaluator, checkpointer, watch, stop, bar)
+    if beside:
+        stack.callback(beside.close)
+        beside.wait()  # so that a restored policy acts
+    p = Parts(config, agent, replay, collector, ratio, beside, meter, logger, evaluator, checkpointer, watch, stop, bar)
     stop.leave = functools.partial(leave, p)
     return p
 
@@ -150,12 +159,18 @@ def loop(p: Parts) -> None:
             collector.observe()
         p.bar.move(collector.step)
 
-        # learn; beside a GPU, workers step meanwhile
+        # learn; where there are cores for it, or a GPU, workers step meanwhile
         updates = p.ratio.due()
         p.bar.show_learning(updates, first=p.agent.updates == 0)
+        if updates and p.beside:
+            p.beside.wait()
         for _ in range(updates):
             with p.watch("update"):
                 batch = p.replay.sample(config.batch_size, config.batch_length).to(p.agent.device)
+            if p.beside:
+                p.beside.add(batch)
+                continue
+            with p.watch("update"):
                 if p.meter.is_new:
                     check_gradients(p.agent, batch)  # MPS has had wrong ones: there they are compared with a CPU's
                 p.meter.add(p.agent.train_step(batch))
@@ -169,6 +184,8 @@ def loop(p: Parts) -> None:
         for figures in ended:
             p.logger.scalars(collector.step, {f"episode/{name}": value for name, value in figures.items()})
         if ended or collector.step >= config.steps:
+            if p.beside:
+                p.beside.wait()
             p.bar.show_episodes(collector.describe_recent())
             look(p)
             save(p)

@@ -612,12 +612,11 @@ class Dreamer:
         is_first: Tensor,
         draws: Draws | None = None,
         deterministic: bool | Tensor = False,
-        averaged: bool = False,
+        policy: Policy | None = None,
     ) -> tuple[Tensor, ActState]:
-        """Actions (B, A) of the newest or the averaged policy for uint8 images (B, C, H, W); see `Policy.forward`."""
-        policy = self.averaged if averaged else self.policy
+        """Actions (B, A) of the newest or another policy for uint8 images (B, C, H, W); see `Policy.forward`."""
         with self.autocast():
-            return policy(image, state, is_first, draws or self.draws, deterministic)
+            return (policy or self.policy)(image, state, is_first, draws or self.draws, deterministic)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The only place that lowers precision: matrix products and convolutions inside run in `autocast_dtype`."""

@@ -284,12 +284,13 @@ class Checkpointer:
         replay: "ReplayFiles",
         logger: Logger,
         generators: "GlobalGenerators",
+        beside: bool = False,
         **parts: Any,
     ):
         self.run_dir, self.agent, self.replay, self.logger = logger.run_dir, agent, replay, logger
         self.generators = generators
         self.config = dataclasses.asdict(config)
-        self.versions = versions(agent.device, agent.autocast_dtype)
+        self.versions = versions(agent.device, agent.autocast_dtype, beside)
         self.parts: dict[str, Any] = {"agent": agent, "replay": replay, **parts, "generators": generators}
         self.held: dict[str, Any] | None = None
         self.saved_step, self.saved_at = -1, time.monotonic()  # control steps, seconds
@@ -357,11 +358,15 @@ class Checkpointer:
         warn_once("checkpoint", f"{self.run_dir} can't be written to, training goes on: {error}")
 
 
-def versions(device: torch.device, autocast_dtype: torch.dtype | None) -> dict[str, str | int]:
-    """What has to stay the same for a resumed run to be bit for bit the uninterrupted one."""
+def versions(device: torch.device, autocast_dtype: torch.dtype | None, beside: bool) -> dict[str, str | int]:
+    """What has to stay the same for a resumed run to be bit for bit the uninterrupted one.
+
+    `beside`: updates are made beside the steps of environments.
+    """
     return {
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
+        "updates": "beside steps" if beside else "between steps",
         "device": device.type,
         "machine": platform.machine(),
         "instructions": torch.backends.cpu.get_cpu_capability(),

@@ -335,8 +335,12 @@ def preflight(
     envs: Envs,
     replay: ReplayBuffer,
     wandb_mode: tuple[str, str],
+    beside: bool,
 ) -> None:
-    """Say in a few lines what is about to happen; refuse what can't fit (UserError)."""
+    """Say in a few lines what is about to happen; refuse what can't fit (UserError).
+
+    `beside`: updates are made beside the steps of environments.
+    """
     c = config
     why = "as asked" if given.get("preset", Config.preset) != "auto" else f"--preset auto on {agent.device}"
     say(f"preset {c.preset} ({why}), seed {c.seed}, {c.steps} control steps")
@@ -346,6 +350,7 @@ def preflight(
             say(textwrap.fill(f"the {what} replaces: {', '.join(replaced)}", 79, subsequent_indent="  "))
     precision = "bfloat16 products, float32 parameters" if agent.autocast_dtype else "float32"
     threads = f", threads: {torch.get_num_threads()}" if agent.device.type == "cpu" else ""
+    threads += ", while environments step in processes of their own" if beside else ""
     say(f"device {agent.device}, {precision}{threads}")
     if agent.device.type == "cuda" and c.num_envs == 1:
         say("num_envs 1: the GPU waits while the environment steps; with more of them, both work at once")

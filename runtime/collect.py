@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import Space
 from gymnasium.vector import AsyncVectorEnv
 
 from buffer import ReplayBuffer, Transition, moved
+from networks import Draws
 from runtime.checkpoint import check_finite, plain
 from runtime.console import StopSignals, warn, warn_once
 from runtime.envs import BrokenEnv, EnvFailure, Envs, dead_workers, faults, own_seed
+from runtime.learn import BesideSteps
 from runtime.logger import Stopwatch
 from train import ActState, Config, Dreamer
 
@@ -173,6 +176,55 @@ class UpdateRatio:
         self.owed, self.pretrained = state["owed"], state["pretrained"]
 
 
+class Acting:
+    """Chooses actions: random ones until the first update, then the policy's, with draws of its own.
+
+    It is the agent's policy or, if updates are made beside the steps, the copy of it that `beside` has. `actions` is
+    the space of an environment's actions, whose generator the random ones are drawn from.
+    """
+
+    def __init__(self, agent: Dreamer, actions: Space[np.ndarray], seed: int, beside: BesideSteps | None):
+        self.agent, self.actions, self.newest = agent, actions, beside or agent
+        self.generator = torch.Generator(agent.device).manual_seed(seed)
+        self.draws = Draws(self.generator)  # updates may draw at the same time
+        self.state: ActState | None = None
+
+    @property
+    def is_random(self) -> bool:
+        """Whether no update has come yet."""
+        return self.newest.updates == 0
+
+    def choose(self, image: np.ndarray, resets: np.ndarray, greedy: np.ndarray) -> np.ndarray:
+        """Actions (num_envs, A) for images (num_envs, C, H, W); episodes begin at `resets` (num_envs,).
+
+        Those of episodes that are `greedy` (num_envs,) are deterministic.
+        """
+        if self.is_random:
+            return np.stack([self.actions.sample() for _ in resets])
+        # The policy takes over from random actions, or from nothing after a resume.
+        is_first = np.ones_like(resets) if self.state is None else resets
+        images, first, greedily = (moved(torch.as_tensor(x), self.agent.device) for x in (image, is_first, greedy))
+        action, self.state = self.agent.act(images, self.state, first, self.draws, greedily, self.newest.policy)
+        return action.float().cpu().numpy()
+
+    def remember(self, action: np.ndarray) -> None:
+        """Store the executed actions (num_envs, A), so that the policy's state matches the replay."""
+        if self.state is not None:
+            executed = torch.as_tensor(action, dtype=torch.float32)
+            self.state = self.state._replace(action=moved(executed, self.agent.device))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of its draws: no episode is running."""
+        return {"device": self.agent.device.type, "draws": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any], seed: int | None) -> None:
+        """Go on from saved draws, unless a `seed` for others is given or the device was another."""
+        if seed is not None:
+            self.generator.manual_seed(seed)
+        elif state["device"] == self.agent.device.type:
+            self.generator.set_state(state["draws"])
+
+
 class Collector:
     """Acts in the environments, one agent step at a time in all of them, and writes what happens into the replay.
 
@@ -182,7 +234,14 @@ class Collector:
     """
 
     def __init__(
-        self, config: Config, envs: Envs, agent: Dreamer, replay: ReplayBuffer, watch: Stopwatch, stop: StopSignals
+        self,
+        config: Config,
+        envs: Envs,
+        agent: Dreamer,
+        replay: ReplayBuffer,
+        watch: Stopwatch,
+        stop: StopSignals,
+        beside: BesideSteps | None = None,
     ):
         self.config, self.envs, self.agent, self.replay = config, envs, agent, replay
         self.watch, self.stop = watch, stop
@@ -190,6 +249,7 @@ class Collector:
         self.episode = 0  # finished episodes
         envs.single_action_space.seed(own_seed(config.seed, 0, 1))
         self.rng = envs.single_action_space.np_random
+        self.acting = Acting(agent, envs.single_action_space, own_seed(config.seed, 0, 3), beside)
         gripper, moves = bool(envs.metadata.get("gripper")), envs.metadata.get("moves", 0)
         share = config.held_actions if gripper or moves else 0.0
         steps = config.episode_steps // config.action_repeat
@@ -208,7 +268,6 @@ class Collector:
         self.last_return = 0.0
         self.image = np.zeros(0, np.uint8)
         self.action = np.zeros(0)
-        self.act_state: ActState | None = None
 
     def act(self) -> None:
         """Begin the episodes that are due, choose all actions, and let the environments start to step."""
@@ -285,6 +344,7 @@ class Collector:
             "restarts": 0,  # ends through a fault of the environments at this state: Checkpointer.save counts them
             "action_space": plain(self.rng.bit_generator.state),
             "envs": [plain(rng.bit_generator.state) for rng in rngs],
+            "acting": self.acting.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -300,6 +360,7 @@ class Collector:
             generators = [np.random.default_rng([*seeds, i, state["restarts"]]) for i in range(len(seeds))]
         with self._env_failures():
             self.envs.set_attr("np_random", generators)
+        self.acting.load_state_dict(state["acting"], int(self.rng.integers(2**31)) if state["restarts"] else None)
         if state["restarts"]:
             warn("the run ended through a fault of its environments: their next episodes are drawn anew")
 
@@ -309,29 +370,19 @@ class Collector:
         The more often the task is solved, the more episodes are as those of evaluations: deterministic, and as long.
         """
         c = self.config
-        chance = c.greedy_episodes * self.solved if self.agent.updates else 0.0
+        chance = c.greedy_episodes * self.solved if not self.acting.is_random else 0.0
         self.greedy[env] = chance > 0 and self.rng.random() < chance
         self.limit[env] = (c.eval_steps if self.greedy[env] else 0) or c.episode_steps
         level = statistics.median(self.levels) if self.levels else -math.inf
         self.held_actions[env].begin(1.0 if self.greedy[env] else self.solved, level)
 
     def _choose_actions(self) -> None:
-        """Random actions until the first update, then the policy's: (num_envs, A)."""
-        device, state = self.agent.device, None
-        if is_random := self.agent.updates == 0:
-            wanted = np.stack([self.envs.single_action_space.sample() for _ in self.resets])
-        else:
-            # The policy takes over from random actions, or from nothing after a resume.
-            is_first = np.ones_like(self.resets) if self.act_state is None else self.resets
-            images, first, greedy = (moved(torch.as_tensor(x), device) for x in (self.image, is_first, self.greedy))
-            action, state = self.agent.act(images, self.act_state, first, deterministic=greedy)
-            wanted = action.float().cpu().numpy()
+        """Random actions or the policy's, with the commands that are held: (num_envs, A)."""
+        wanted, is_random = self.acting.choose(self.image, self.resets, self.greedy), self.acting.is_random
         self.action = np.stack([hold(x, is_random) for hold, x in zip(self.held_actions, wanted, strict=True)])
         if not np.isfinite(self.action).all():
             check_finite(self.agent, self.step)
-        if state is not None:
-            # Store the executed action, so that the policy's state matches the replay.
-            self.act_state = state._replace(action=moved(torch.as_tensor(self.action, dtype=torch.float32), device))
+        self.acting.remember(self.action)
 
     def _tell_faults(self, info: dict[str, Any]) -> np.ndarray:
         """Say which environments were built anew; (num_envs,) bool."""

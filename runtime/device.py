@@ -191,16 +191,32 @@ def processor_seconds() -> tuple[float, float, float]:
 
 def limit_threads(root: Path = Path("/")) -> None:
     """Let torch use no more threads than its container or job has processors; OMP_NUM_THREADS beats that."""
-    if "OMP_NUM_THREADS" in os.environ:
-        return
-    usable = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else math.inf]
+    if "OMP_NUM_THREADS" not in os.environ and usable_cores(root) < torch.get_num_threads():
+        torch.set_num_threads(max(1, math.floor(usable_cores(root))))
+
+
+def spare_cores(device: torch.device, num_envs: int, root: Path = Path("/")) -> int:
+    """On how many cores environments may step in processes of their own while the agent learns on others; 0: on none.
+
+    Torch then uses no more threads than there are cores beside the environments. There are none to spare where a GPU
+    learns, on a single core, and if OMP_NUM_THREADS is set.
+    """
+    cores = math.floor(usable_cores(root))
+    if device.type != "cpu" or "OMP_NUM_THREADS" in os.environ or cores < 2:
+        return 0
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - num_envs)))
+    return cores
+
+
+def usable_cores(root: Path = Path("/")) -> float:
+    """Processors that this process may use: the machine's, or those of its container or job if they are fewer."""
+    usable: list[float] = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
     for group in (*_cgroups(root, ""), *_cgroups(root, "cpu")):
         names = ("cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us")  # of version 2, and two files of version 1
         quota_and_period = _numbers(group, names)  # microseconds
         if len(quota_and_period) == 2:
             usable.append(quota_and_period[0] / quota_and_period[1])
-    if min(usable) < torch.get_num_threads():
-        torch.set_num_threads(max(1, math.floor(min(usable))))
+    return min(usable)
 
 
 class RecordedDraws(Draws):

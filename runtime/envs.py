@@ -156,10 +156,13 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {message} ({os.path.basename(place.filename)}:{place.lineno})"
 
 
-def make_vector_env(builders: Sequence[Callable[[], gymnasium.Env]]) -> Envs:
-    """Environments that step together: one lives in this process, several in spawned workers that end with it."""
+def make_vector_env(builders: Sequence[Callable[[], gymnasium.Env]], apart: bool = False) -> Envs:
+    """Environments that step together: several, or one if it is to be `apart`, in spawned workers that end with us.
+
+    Else one lives in this process.
+    """
     makers = [functools.partial(_rebuilding, build, os.getpid()) for build in builders]
-    if len(makers) == 1:
+    if len(makers) == 1 and not apart:
         return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.DISABLED)
     with _light_workers():
         return AsyncVectorEnv(makers, context="spawn", autoreset_mode=AutoresetMode.DISABLED)
@@ -242,20 +245,22 @@ class EnvFailure(Failure):
         super().__init__(f"{reason}; the same command goes on, and draws other episodes")
 
 
-def make_envs(options: dict[str, Any], num_envs: int, seed: int, make_env: MakeEnv) -> Envs:
+def make_envs(options: dict[str, Any], num_envs: int, seed: int, make_env: MakeEnv, apart: bool = False) -> Envs:
     """The training environments of a run; `options` are the keywords of `make_env`, seed excepted.
 
-    Their seeds are the run's own and others that follow from it, none of which a neighboring run has.
+    `apart`: in a worker also if there is one. Their seeds are the run's own and others that follow from it, none of
+    which a neighboring run has.
     """
     seeds = [seed, *(own_seed(seed, i) for i in range(1, num_envs))]
     with build_errors():
-        return make_vector_env([functools.partial(make_env, **options, seed=x) for x in seeds])
+        return make_vector_env([functools.partial(make_env, **options, seed=x) for x in seeds], apart)
 
 
 def own_seed(seed: int, *user: int) -> int:
     """A seed that follows from the run's, for a generator whose draws are to be no other's of the run.
 
-    `user` is i for environment i, (0, 1) for random actions and exploration, and (0, 2) for the replay.
+    `user` is i for environment i, (0, 1) for random actions and exploration, (0, 2) for the replay, and (0, 3) for
+    the policy's draws when it acts.
     """
     return int(np.random.SeedSequence([seed, *user]).generate_state(1)[0]) >> 1  # some environments take 31 bits
 

@@ -56,12 +56,13 @@ class Memory(NamedTuple):
 class Policy:
     """Actions that follow from the image, with notes of what it was asked."""
 
-    device, action_size = torch.device("cpu"), 4
+    device, action_size, policy = torch.device("cpu"), 4, object()
 
     def __init__(self, updates: int = 0):
         self.updates, self.asked, self.greedy = updates, [], []
 
-    def act(self, image, state, is_first, deterministic):
+    def act(self, image, state, is_first, draws, deterministic, policy):
+        assert policy is self.policy
         self.greedy.append(deterministic.tolist())
         self.asked.append((image.numpy().copy(), state, is_first.tolist()))
         number = image.flatten(1).float().mean(1, keepdim=True) / 255

@@ -408,10 +408,10 @@ def test_the_policy_remembers_held_commands(tmp_path, monkeypatch):
             executed.append(np.array(action, np.float32))
             return super().step(action)
 
-    def listen(self, image, state, is_first, draws=None, deterministic=False, averaged=False):
-        if not averaged and state is not None:  # an evaluation asks the averaged policy
+    def listen(self, image, state, is_first, draws=None, deterministic=False, policy=None):
+        if policy is self.policy and state is not None:  # an evaluation asks the averaged policy
             remembered.append((state.action[0].numpy(), executed[-1]))
-        return act(self, image, state, is_first, draws, deterministic, averaged)
+        return act(self, image, state, is_first, draws, deterministic, policy)
 
     monkeypatch.setattr(Dreamer, "act", listen)
     monkeypatch.setattr(HeldActions, "MOVES", 0.0)  # grippers are held in all episodes

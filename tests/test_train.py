@@ -647,8 +647,8 @@ def test_evaluated_policies_are_averages():
     assert unchanged(newest.averaged, newest.policy.state_dict())
     assert not any(p.requires_grad for p in dreamer.averaged.parameters())
     image, is_first = batch.image[0], batch.is_first[0]
-    for averaged, policy in ((True, dreamer.averaged), (False, dreamer.policy)):
-        action, _ = dreamer.act(image, None, is_first, seeded(1), deterministic=True, averaged=averaged)
+    for chosen, policy in ((dreamer.averaged, dreamer.averaged), (None, dreamer.policy)):
+        action, _ = dreamer.act(image, None, is_first, seeded(1), deterministic=True, policy=chosen)
         assert torch.equal(action, policy(image, None, is_first, seeded(1), deterministic=True)[0])
 
 

@@ -1,0 +1,64 @@
+"""Updates beside the steps of environments: in a thread, while a copy of the policy acts."""
+
+import concurrent.futures
+import copy
+import time
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from buffer import Batch
+from runtime.console import StopSignals
+from runtime.logger import Meter, Stopwatch
+from train import Dreamer
+
+
+class BesideSteps:
+    """Makes an agent's updates in a thread, while the environments step in processes of their own.
+
+    `policy`, which acts meanwhile, is a copy of the agent's as of the last `wait`. So a run depends on no timing, and
+    goes on from the end of an episode, where all updates are waited for, bit for bit. Nothing else may read the agent
+    between `add` and `wait`.
+    """
+
+    QUEUED = 2  # updates that may wait for their turn; a run's first hundred batches need not lie in memory at once
+
+    def __init__(self, agent: Dreamer, meter: Meter, watch: Stopwatch, stop: StopSignals):
+        self.agent, self.meter, self.watch, self.stop = agent, meter, watch, stop
+        self.policy = copy.deepcopy(agent.policy).requires_grad_(False)
+        self.updates = 0  # that have made `policy`
+        self.queue: deque[concurrent.futures.Future[tuple[dict[str, Tensor], float]]] = deque()
+        self.thread = concurrent.futures.ThreadPoolExecutor(1)
+
+    def add(self, batch: Batch) -> None:
+        """Begin an update on a batch (T, B, ...), after those that were added before."""
+        while len(self.queue) > self.QUEUED:
+            self._take()
+        self.queue.append(self.thread.submit(self._update, batch))
+
+    @torch.no_grad()
+    def wait(self) -> None:
+        """Wait until all updates are made, raise what one of them has raised, and let the newest policy act."""
+        while self.queue:
+            self._take()
+        newest = self.agent.policy.state_dict()
+        for name, value in self.policy.state_dict().items():
+            value.copy_(newest[name])
+        self.updates = self.agent.updates
+
+    def close(self) -> None:
+        """Drop the updates that have not begun, and wait for the one under way."""
+        self.thread.shutdown(cancel_futures=True)
+
+    def _take(self) -> None:
+        """Wait for the oldest update; Stopped if a signal comes meanwhile."""
+        while not concurrent.futures.wait([self.queue[0]], timeout=0.1).done:
+            self.stop.check()
+        metrics, seconds = self.queue.popleft().result()
+        self.watch.seconds["update"] += seconds
+        self.meter.add(metrics)
+
+    def _update(self, batch: Batch) -> tuple[dict[str, Tensor], float]:
+        started = time.perf_counter()
+        return self.agent.train_step(batch), time.perf_counter() - started
