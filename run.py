@@ -24,13 +24,13 @@ from runtime.collect import Collector, UpdateRatio
 from runtime.console import ProgressBar, Stopped, StopSignals, say
 from runtime.device import (
     check_gradients,
+    has_spare_cores,
     keep_freed_memory,
     limit_threads,
     load_triton,
     make_replay,
     pick_device,
     pick_precision,
-    spare_cores,
 )
 from runtime.envs import EnvFailure, check_spaces, close_envs, make_envs
 from runtime.evaluate import Evaluator, MakeEnv, evaluate_policy
@@ -108,8 +108,7 @@ def build(
     """Build the parts of a run, in the state of a checkpoint if there is one; `stack` closes them."""
     generators = GlobalGenerators(device)
     generators.seed(config.seed)
-    cores = spare_cores(device, config.num_envs)
-    apart = cores > 0
+    apart = has_spare_cores(device, config.num_envs)
     envs = make_envs(cli.training_options(config), config.num_envs, config.seed, make_env, apart)
     stack.callback(close_envs, envs)
     image_shape, action_size = check_spaces(envs, config.task, len(config.cameras), config.image_size)
@@ -129,7 +128,7 @@ def build(
     stack.push(lambda error, *_: logger.close(failed=error is not None))
     bar = ProgressBar(config.steps, state["step"] if state else 0)
     stack.callback(bar.close)
-    evaluator = Evaluator(config, agent, make_env, logger, watch, stop, bar, cores)
+    evaluator = Evaluator(config, agent, make_env, logger, watch, stop, bar)
     stack.callback(evaluator.close)
     saved: dict[str, Any] = {"collector": collector, "ratio": ratio, "meter": meter, "evaluator": evaluator}
     files = ReplayFiles(folder.path, replay, config.save_replay)

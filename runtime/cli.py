@@ -350,8 +350,9 @@ def preflight(
             say(textwrap.fill(f"the {what} replaces: {', '.join(replaced)}", 79, subsequent_indent="  "))
     precision = "bfloat16 products, float32 parameters" if agent.autocast_dtype else "float32"
     threads = f", threads: {torch.get_num_threads()}" if agent.device.type == "cpu" else ""
-    threads += ", while environments step in processes of their own" if beside else ""
     say(f"device {agent.device}, {precision}{threads}")
+    if beside:
+        say("environments step in processes of their own while the agent learns")
     if agent.device.type == "cuda" and c.num_envs == 1:
         say("num_envs 1: the GPU waits while the environment steps; with more of them, both work at once")
     say(

@@ -184,7 +184,8 @@ class Acting:
     """
 
     def __init__(self, agent: Dreamer, actions: Space[np.ndarray], seed: int, beside: BesideSteps | None):
-        self.agent, self.actions, self.newest = agent, actions, beside or agent
+        self.agent, self.actions, self.beside = agent, actions, beside
+        self.newest = beside or agent
         self.generator = torch.Generator(agent.device).manual_seed(seed)
         self.draws = Draws(self.generator)  # updates may draw at the same time
         self.state: ActState | None = None
@@ -212,6 +213,12 @@ class Acting:
         if self.state is not None:
             executed = torch.as_tensor(action, dtype=torch.float32)
             self.state = self.state._replace(action=moved(executed, self.agent.device))
+
+    def check_finite(self, step: int) -> None:
+        """Failure if the agent is why an action is not finite."""
+        if self.beside:
+            self.beside.wait()
+        check_finite(self.agent, step)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of its draws: no episode is running."""
@@ -381,7 +388,7 @@ class Collector:
         wanted, is_random = self.acting.choose(self.image, self.resets, self.greedy), self.acting.is_random
         self.action = np.stack([hold(x, is_random) for hold, x in zip(self.held_actions, wanted, strict=True)])
         if not np.isfinite(self.action).all():
-            check_finite(self.agent, self.step)
+            self.acting.check_finite(self.step)
         self.acting.remember(self.action)
 
     def _tell_faults(self, info: dict[str, Any]) -> np.ndarray:

@@ -195,17 +195,17 @@ def limit_threads(root: Path = Path("/")) -> None:
         torch.set_num_threads(max(1, math.floor(usable_cores(root))))
 
 
-def spare_cores(device: torch.device, num_envs: int, root: Path = Path("/")) -> int:
-    """On how many cores environments may step in processes of their own while the agent learns on others; 0: on none.
+def has_spare_cores(device: torch.device, num_envs: int, root: Path = Path("/")) -> bool:
+    """Whether environments have cores of their own, to step in processes of their own while the agent learns.
 
-    Torch then uses no more threads than there are cores beside the environments. There are none to spare where a GPU
-    learns, on a single core, and if OMP_NUM_THREADS is set.
+    If so, torch uses no more threads than there are cores beside the environments. They have none where a GPU learns,
+    on a single core, and if OMP_NUM_THREADS is set.
     """
     cores = math.floor(usable_cores(root))
     if device.type != "cpu" or "OMP_NUM_THREADS" in os.environ or cores < 2:
-        return 0
+        return False
     torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - num_envs)))
-    return cores
+    return True
 
 
 def usable_cores(root: Path = Path("/")) -> float:

@@ -10,11 +10,13 @@ import math
 import multiprocessing
 import multiprocessing.connection
 import os
+import random
 import signal
 import sys
 import threading
 import time
 import traceback
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,12 +54,14 @@ class RebuildingEnv(gymnasium.Wrapper):
     passed on, since a vector of environments can't stack all that an info may hold. What the first `build` raises
     passes through.
 
-    Between episodes a step does nothing, so that an episode can begin and end beside others that go on.
+    Between episodes a step does nothing, so that an episode can begin and end beside others that go on. If it
+    `is_alone` in its process, each reset also seeds the global generators of Python and NumPy, from which some
+    environments draw: nothing saves their states.
     """
 
-    def __init__(self, build: Callable[[], gymnasium.Env]) -> None:
+    def __init__(self, build: Callable[[], gymnasium.Env], is_alone: bool = False) -> None:
         super().__init__(build())
-        self._build = build
+        self._build, self._is_alone = build, is_alone
         self.observation_space = self.env.observation_space  # also where an environment is built anew with another
         self._image = np.zeros(self.observation_space.shape or (), self.observation_space.dtype)  # the last one
         self._seed: int | None = None  # that drew the present episode
@@ -68,6 +72,8 @@ class RebuildingEnv(gymnasium.Wrapper):
         self._seed = kwargs.get("seed")
         told: dict[str, str] = {}
         for _ in range(RESET_TRIES):
+            if self._is_alone:
+                _seed_globals(kwargs.get("seed"), self.env.np_random)
             try:
                 image, info = self.env.reset(**kwargs)
                 success = self._check(image, 0.0, info)
@@ -139,6 +145,13 @@ class RebuildingEnv(gymnasium.Wrapper):
         return {}
 
 
+def _seed_globals(seed: int | None, rng: np.random.Generator) -> None:
+    """Seed the global generators with an episode's own seed, or with what its generator is about to draw."""
+    number = zlib.crc32(repr(rng.bit_generator.state).encode()) if seed is None else seed
+    random.seed(number)
+    np.random.seed(number)
+
+
 def _flag(name: str, value: Any) -> bool:
     """True or false; ValueError for what is neither, such as the text "False"."""
     if value not in (0, 1):
@@ -193,7 +206,7 @@ def _rebuilding(build: Callable[[], gymnasium.Env], trainer: int) -> RebuildingE
                 signal.signal(number, signal.SIG_IGN)
         threading.Thread(target=_end_with_parent, daemon=True).start()
         sys.stdout, sys.stderr = Tolerant(sys.stdout), Tolerant(sys.stderr)
-    return RebuildingEnv(build)
+    return RebuildingEnv(build, is_alone=os.getpid() != trainer)
 
 
 def _end_with_parent() -> None:

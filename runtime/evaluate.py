@@ -45,7 +45,6 @@ Act = Callable[..., tuple[Tensor, ActState]]
 EVAL_SEED = 1_000_000  # of the evaluation env; its episodes are the same in every evaluation
 OWN_SEED = 2_000_000  # of `--eval`, whose episodes no evaluation of training has played
 EVAL_EPISODES = 20  # with --eval
-EVAL_ENVS = 4  # at once, where there are cores for them; each takes 0.4 GB
 LAST_EVALUATION = 2  # the last evaluation of a run has this many times eval_episodes
 EARLY = 4  # evaluations in `eval_every` once training episodes succeed, until all episodes of one do
 TRIES, OTHER_SEED = 3, 1_000  # an episode that fails is played again that often, its seed moved by so much
@@ -311,13 +310,13 @@ def episode_length(config: Config) -> int:
     return config.eval_steps or config.episode_steps
 
 
-def open_envs(config: Config, make_env: MakeEnv, cores: int = 0) -> Envs:
-    """The environments of evaluations: `num_envs`, or as many as there are `cores` to spare, in workers if several.
+def open_envs(config: Config, make_env: MakeEnv) -> Envs:
+    """The environments of evaluations: in workers where there are several, as those of training.
 
     UserError if their images or actions are not those of training.
     """
     build = functools.partial(make_env, **eval_options(config))
-    envs = make_vector_env([build] * min(max(config.num_envs, min(cores, EVAL_ENVS)), config.eval_episodes))
+    envs = make_vector_env([build] * min(config.num_envs, config.eval_episodes))
     try:
         check_spaces(envs, config.task, len(config.cameras), config.image_size)
     except (UserError, Failure):
@@ -330,7 +329,7 @@ class Evaluator:
     """Evaluates a run's averaged policy, films it, and keeps that of the best evaluation.
 
     Nothing here changes what training does. `make_env` builds the environments at the first evaluation; they live as
-    long as the run. See `open_envs` for `cores`.
+    long as the run.
     """
 
     SAVED = ("evaluated", "filmed", "largest", "best", "best_step", "best_success", "incomplete", "unwritten")
@@ -344,9 +343,8 @@ class Evaluator:
         watch: Stopwatch,
         stop: StopSignals,
         bar: ProgressBar,
-        cores: int = 0,
     ):
-        self.config, self.agent, self.make_env, self.cores = config, agent, make_env, cores
+        self.config, self.agent, self.make_env = config, agent, make_env
         self.logger, self.watch, self.stop, self.bar = logger, watch, stop, bar
         self.envs: Envs | None = None
         self.started, self.seconds = time.monotonic(), 0.0  # of this process; those that its evaluations took
@@ -410,7 +408,7 @@ class Evaluator:
 
     def _open(self) -> Envs:
         try:
-            return open_envs(self.config, self.make_env, self.cores)
+            return open_envs(self.config, self.make_env)
         except FAULTS as error:
             raise BrokenEnv(f"its environment can't be built: {describe_error(error)}") from error
 

@@ -13,6 +13,8 @@ from runtime.console import StopSignals
 from runtime.logger import Meter, Stopwatch
 from train import Dreamer
 
+THREAD = "updates"  # begins the name of the thread that makes them
+
 
 class BesideSteps:
     """Makes an agent's updates in a thread, while the environments step in processes of their own.
@@ -29,7 +31,7 @@ class BesideSteps:
         self.policy = copy.deepcopy(agent.policy).requires_grad_(False)
         self.updates = 0  # that have made `policy`
         self.queue: deque[concurrent.futures.Future[tuple[dict[str, Tensor], float]]] = deque()
-        self.thread = concurrent.futures.ThreadPoolExecutor(1)
+        self.thread = concurrent.futures.ThreadPoolExecutor(1, THREAD)
 
     def add(self, batch: Batch) -> None:
         """Begin an update on a batch (T, B, ...), after those that were added before."""

@@ -23,6 +23,7 @@ from runtime.device import (
     M_TRIM_THRESHOLD,
     OtherPrograms,
     free_memory,
+    has_spare_cores,
     keep_freed_memory,
     limit_threads,
     make_replay,
@@ -240,6 +241,20 @@ def test_a_number_of_threads_that_was_asked_for_stays(machine, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     root = machine("0::/", {"sys/fs/cgroup/cpu.max": "200000 100000"})
     assert threads_after(root, monkeypatch, keep=True) == 8
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "num_envs", "threads"),
+    [("cpu", 8, 1, 7), ("cpu", 8, 6, 2), ("cpu", 2, 1, 1), ("cpu", 2, 6, 1), ("cpu", 1, 1, None), ("cuda", 8, 1, None)],
+)
+def test_environments_step_on_cores_of_their_own(device, cores, num_envs, threads, machine, monkeypatch):
+    """Torch has the others, at least one; not beside a GPU, and not if a number of threads was asked for."""
+    root = machine("0::/", {"sys/fs/cgroup/cpu.max": "150000 100000"} if cores == 1 else {})
+    before = threads_after(root, monkeypatch, affinity=max(2, cores))
+    assert has_spare_cores(torch.device(device), num_envs, root) == (threads is not None)
+    assert torch.get_num_threads() == (threads or before)
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert not has_spare_cores(torch.device(device), num_envs, root)
 
 
 def threads_after(root: Path, monkeypatch, affinity: int = 8, keep: bool = False) -> int:

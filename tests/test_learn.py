@@ -1,0 +1,140 @@
+"""Updates beside the steps of environments: what acts meanwhile, and that timing decides nothing."""
+
+import multiprocessing
+import random
+import threading
+import time
+
+import pytest
+import torch
+
+import faults
+import run
+from buffer import ReplayBuffer
+from faults import NoisyEnv, copies_at_each_checkpoint, difference, fingerprint
+from runtime.console import Stopped, StopSignals
+from runtime.learn import THREAD, BesideSteps
+from runtime.logger import Meter, Stopwatch
+from tiny import random_batch, tiny_config, tiny_dreamer
+from train import Dreamer
+
+
+@pytest.fixture(autouse=True)
+def no_videos(monkeypatch):
+    faults.without_videos(monkeypatch)
+
+
+@pytest.fixture
+def two_cores(monkeypatch):
+    """Runs of this test learn beside the steps."""
+    monkeypatch.setattr(run, "has_spare_cores", lambda device, num_envs: True)
+
+
+def beside_steps(agent: Dreamer, stop: StopSignals | None = None) -> BesideSteps:
+    replay, watch = ReplayBuffer(10, 1, (3, 16, 16), 4, seed=0), Stopwatch()
+    return BesideSteps(agent, Meter(agent, replay, watch), watch, stop or StopSignals())
+
+
+def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def test_what_acts_changes_only_when_updates_were_waited_for(monkeypatch):
+    """The copy stays as it was while updates are made, and then has what they made, whitening included."""
+    agent = tiny_dreamer(tiny_config(image_norm="white"))
+    beside, gate, step = beside_steps(agent), threading.Event(), Dreamer.train_step
+    beside.wait()
+    first = weights(agent.policy)
+    monkeypatch.setattr(Dreamer, "train_step", lambda self, batch: (step(self, batch), gate.wait(20))[0])
+    for seed in range(2):
+        beside.add(random_batch(agent.config, seed))
+    until = time.monotonic() + 20
+    while agent.updates == 0 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert agent.updates == 1 and beside.updates == 0
+    assert difference(weights(beside.policy), first) == "" != difference(weights(agent.policy), first)
+    gate.set()
+    beside.wait()
+    assert agent.updates == beside.updates == beside.meter.updates == 2 and beside.watch.seconds["update"] > 0
+    assert difference(weights(beside.policy), weights(agent.policy)) == ""
+    assert torch.equal(beside.policy.encoder.mix, agent.policy.encoder.mix) and not torch.equal(
+        beside.policy.encoder.mix, first["encoder.mix"]
+    )
+    beside.close()
+
+
+def test_updates_are_those_of_an_agent_that_learns_at_once():
+    """In the order of their batches, with equal draws."""
+    one, other = tiny_dreamer(tiny_config()), tiny_dreamer(tiny_config())
+    batches = [random_batch(one.config, seed) for seed in range(5)]
+    torch.manual_seed(3)
+    for batch in batches:
+        one.train_step(batch)
+    beside = beside_steps(other)
+    torch.manual_seed(3)
+    for batch in batches:
+        beside.add(batch)
+        assert len(beside.queue) <= BesideSteps.QUEUED + 1
+    beside.wait()
+    assert difference(one.state_dict(), other.state_dict()) == ""
+    beside.close()
+
+
+def test_what_an_update_raises_is_raised_where_it_is_waited_for(monkeypatch):
+    """So the loop ends as it does where it learns at once."""
+    beside = beside_steps(tiny_dreamer(tiny_config()))
+    monkeypatch.setattr(Dreamer, "train_step", lambda *_: 1 / 0)
+    beside.add(random_batch(beside.agent.config))
+    with pytest.raises(ZeroDivisionError):
+        beside.wait()
+    beside.close()
+
+
+def test_a_signal_ends_the_wait(monkeypatch):
+    """Within the update under way; those that have not begun are dropped."""
+    stop, made = StopSignals(), []
+    beside = beside_steps(tiny_dreamer(tiny_config()), stop)
+
+    def slow(_, batch):
+        made.append(batch)
+        stop.number = 15
+        time.sleep(0.5)
+        return {}
+
+    monkeypatch.setattr(Dreamer, "train_step", slow)
+    for _ in range(3):
+        beside.add(random_batch(beside.agent.config))
+    with pytest.raises(Stopped):
+        beside.wait()
+    beside.close()
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_a_run_learns_beside_its_steps(num_envs, two_cores, tmp_path):
+    """At the exact ratio of updates to steps; its environments live in workers that end with it."""
+    assert faults.train(tmp_path / "run", f"--num_envs {num_envs} --prefill 40 --steps 160 --eval_episodes 2") == 0
+    state = faults.newest(tmp_path / "run")
+    assert state["agent"]["updates"] == 8 + (160 - 40) // 4 and state["collector"]["step"] == 160
+    assert state["versions"]["updates"] == "beside steps"
+    assert not multiprocessing.active_children()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(THREAD)]
+
+
+def test_neither_timing_nor_a_stop_changes_a_run(two_cores, tmp_path, monkeypatch):
+    """R1 beside steps: with slow updates, and from each checkpoint on, a run ends bit for bit as the straight one.
+
+    So also with an environment that draws from the global generators of its process.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        copies = copies_at_each_checkpoint(patch, tmp_path)
+        assert faults.train(tmp_path / "run", make_env=NoisyEnv) == 0
+    end = fingerprint(tmp_path / "run")
+    assert end["state"]["agent"]["updates"] >= 40 and len(copies) == 8
+    for copied in copies[:-1]:
+        assert faults.train(copied, make_env=NoisyEnv) == 0
+        assert difference(fingerprint(copied), end) == "", copied.name
+    step, wait = Dreamer.train_step, random.Random(0)
+    monkeypatch.setattr(Dreamer, "train_step", lambda *args: (time.sleep(0.05 * wait.random()), step(*args))[1])
+    assert faults.train(tmp_path / "slow", make_env=NoisyEnv) == 0
+    assert difference(fingerprint(tmp_path / "slow"), end) == ""
