@@ -24,8 +24,8 @@ from runtime.collect import Collector, UpdateRatio
 from runtime.console import ProgressBar, Stopped, StopSignals, say
 from runtime.device import (
     check_gradients,
-    has_spare_cores,
     keep_freed_memory,
+    leave_cores,
     limit_threads,
     load_triton,
     make_replay,
@@ -108,7 +108,7 @@ def build(
     """Build the parts of a run, in the state of a checkpoint if there is one; `stack` closes them."""
     generators = GlobalGenerators(device)
     generators.seed(config.seed)
-    apart = has_spare_cores(device, config.num_envs)
+    apart = leave_cores(device, config.num_envs)
     envs = make_envs(cli.training_options(config), config.num_envs, config.seed, make_env, apart)
     stack.callback(close_envs, envs)
     image_shape, action_size = check_spaces(envs, config.task, len(config.cameras), config.image_size)
@@ -118,7 +118,7 @@ def build(
     replay = make_replay(config, image_shape, action_size, device)
     watch, stop = Stopwatch(), StopSignals()
     ratio, meter = UpdateRatio(config, replay), Meter(agent, replay, watch)
-    beside = BesideSteps(agent, meter, watch, stop) if apart else None
+    beside = BesideSteps(agent, replay, meter, watch, stop) if apart else None
     collector = Collector(config, envs, agent, replay, watch, stop, beside)
 
     wandb_mode = pick_wandb_mode(config.wandb)
@@ -161,19 +161,16 @@ def loop(p: Parts) -> None:
         # learn; where there are cores for it, or a GPU, workers step meanwhile
         updates = p.ratio.due()
         p.bar.show_learning(updates, first=p.agent.updates == 0)
-        if updates and p.beside:
-            p.beside.wait()
-        for _ in range(updates):
-            with p.watch("update"):
-                batch = p.replay.sample(config.batch_size, config.batch_length).to(p.agent.device)
-            if p.beside:
-                p.beside.add(batch)
-                continue
-            with p.watch("update"):
-                if p.meter.is_new:
-                    check_gradients(p.agent, batch)  # MPS has had wrong ones: there they are compared with a CPU's
-                p.meter.add(p.agent.train_step(batch))
-            p.stop.check()
+        if p.beside:
+            p.beside.learn(updates)
+        else:
+            for _ in range(updates):
+                with p.watch("update"):
+                    batch = p.replay.sample(config.batch_size, config.batch_length).to(p.agent.device)
+                    if p.meter.is_new:
+                        check_gradients(p.agent, batch)  # MPS has had wrong ones: there, compare them with a CPU's
+                    p.meter.add(p.agent.train_step(batch))
+                p.stop.check()
         if overlap:
             collector.observe()
         p.stop.check()

@@ -195,11 +195,11 @@ def limit_threads(root: Path = Path("/")) -> None:
         torch.set_num_threads(max(1, math.floor(usable_cores(root))))
 
 
-def has_spare_cores(device: torch.device, num_envs: int, root: Path = Path("/")) -> bool:
-    """Whether environments have cores of their own, to step in processes of their own while the agent learns.
+def leave_cores(device: torch.device, num_envs: int, root: Path = Path("/")) -> bool:
+    """Leave cores to environments, so that they step in processes of their own while the agent learns; whether it did.
 
-    If so, torch uses no more threads than there are cores beside the environments. They have none where a GPU learns,
-    on a single core, and if OMP_NUM_THREADS is set.
+    Torch then has threads for the other cores only, or one. Nothing is left on a single core, where a GPU learns, and
+    if OMP_NUM_THREADS is set.
     """
     cores = math.floor(usable_cores(root))
     if device.type != "cpu" or "OMP_NUM_THREADS" in os.environ or cores < 2:

@@ -8,7 +8,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from buffer import Batch
+from buffer import Batch, ReplayBuffer
 from runtime.console import StopSignals
 from runtime.logger import Meter, Stopwatch
 from train import Dreamer
@@ -21,23 +21,27 @@ class BesideSteps:
 
     `policy`, which acts meanwhile, is a copy of the agent's as of the last `wait`. So a run depends on no timing, and
     goes on from the end of an episode, where all updates are waited for, bit for bit. Nothing else may read the agent
-    between `add` and `wait`.
+    between `learn` and `wait`.
     """
 
     QUEUED = 2  # updates that may wait for their turn; a run's first hundred batches need not lie in memory at once
 
-    def __init__(self, agent: Dreamer, meter: Meter, watch: Stopwatch, stop: StopSignals):
-        self.agent, self.meter, self.watch, self.stop = agent, meter, watch, stop
+    def __init__(self, agent: Dreamer, replay: ReplayBuffer, meter: Meter, watch: Stopwatch, stop: StopSignals):
+        self.agent, self.replay, self.meter, self.watch, self.stop = agent, replay, meter, watch, stop
         self.policy = copy.deepcopy(agent.policy).requires_grad_(False)
         self.updates = 0  # that have made `policy`
         self.queue: deque[concurrent.futures.Future[tuple[dict[str, Tensor], float]]] = deque()
         self.thread = concurrent.futures.ThreadPoolExecutor(1, THREAD)
 
-    def add(self, batch: Batch) -> None:
-        """Begin an update on a batch (T, B, ...), after those that were added before."""
-        while len(self.queue) > self.QUEUED:
-            self._take()
-        self.queue.append(self.thread.submit(self._update, batch))
+    def learn(self, updates: int) -> None:
+        """Let the newest policy act, and begin so many updates on batches of what the replay holds now."""
+        if updates:
+            self.wait()
+        for _ in range(updates):
+            while len(self.queue) > self.QUEUED:
+                self._take()
+            batch = self.replay.sample(self.agent.config.batch_size, self.agent.config.batch_length)
+            self.queue.append(self.thread.submit(self._update, batch))
 
     @torch.no_grad()
     def wait(self) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # tests share the cores, and so do the programs that they start
-    os.environ["OMP_NUM_THREADS"] = "1"
+# Tests share the cores, and so do the programs that they start. Runs stay in their process, where tests reach them.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import simulated
 from runtime import console

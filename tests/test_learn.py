@@ -1,16 +1,17 @@
 """Updates beside the steps of environments: what acts meanwhile, and that timing decides nothing."""
 
+import itertools
 import multiprocessing
 import random
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import faults
 import run
-from buffer import ReplayBuffer
 from faults import NoisyEnv, copies_at_each_checkpoint, difference, fingerprint
 from runtime.console import Stopped, StopSignals
 from runtime.learn import THREAD, BesideSteps
@@ -27,12 +28,14 @@ def no_videos(monkeypatch):
 @pytest.fixture
 def two_cores(monkeypatch):
     """Runs of this test learn beside the steps."""
-    monkeypatch.setattr(run, "has_spare_cores", lambda device, num_envs: True)
+    monkeypatch.setattr(run, "leave_cores", lambda device, num_envs: True)
 
 
 def beside_steps(agent: Dreamer, stop: StopSignals | None = None) -> BesideSteps:
-    replay, watch = ReplayBuffer(10, 1, (3, 16, 16), 4, seed=0), Stopwatch()
-    return BesideSteps(agent, Meter(agent, replay, watch), watch, stop or StopSignals())
+    """Its replay hands out one batch after the other: `random_batch` with the seeds 0, 1, 2 and so on."""
+    batches, watch = (random_batch(agent.config, seed) for seed in itertools.count()), Stopwatch()
+    replay = SimpleNamespace(sample=lambda *_: next(batches))
+    return BesideSteps(agent, replay, Meter(agent, replay, watch), watch, stop or StopSignals())
 
 
 def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -46,8 +49,7 @@ def test_what_acts_changes_only_when_updates_were_waited_for(monkeypatch):
     beside.wait()
     first = weights(agent.policy)
     monkeypatch.setattr(Dreamer, "train_step", lambda self, batch: (step(self, batch), gate.wait(20))[0])
-    for seed in range(2):
-        beside.add(random_batch(agent.config, seed))
+    beside.learn(2)
     until = time.monotonic() + 20
     while agent.updates == 0 and time.monotonic() < until:
         time.sleep(0.01)
@@ -72,9 +74,10 @@ def test_updates_are_those_of_an_agent_that_learns_at_once():
         one.train_step(batch)
     beside = beside_steps(other)
     torch.manual_seed(3)
-    for batch in batches:
-        beside.add(batch)
-        assert len(beside.queue) <= BesideSteps.QUEUED + 1
+    beside.learn(4)
+    assert len(beside.queue) <= BesideSteps.QUEUED + 1
+    beside.learn(1)
+    assert beside.updates == 4
     beside.wait()
     assert difference(one.state_dict(), other.state_dict()) == ""
     beside.close()
@@ -84,7 +87,7 @@ def test_what_an_update_raises_is_raised_where_it_is_waited_for(monkeypatch):
     """So the loop ends as it does where it learns at once."""
     beside = beside_steps(tiny_dreamer(tiny_config()))
     monkeypatch.setattr(Dreamer, "train_step", lambda *_: 1 / 0)
-    beside.add(random_batch(beside.agent.config))
+    beside.learn(1)
     with pytest.raises(ZeroDivisionError):
         beside.wait()
     beside.close()
@@ -102,10 +105,8 @@ def test_a_signal_ends_the_wait(monkeypatch):
         return {}
 
     monkeypatch.setattr(Dreamer, "train_step", slow)
-    for _ in range(3):
-        beside.add(random_batch(beside.agent.config))
     with pytest.raises(Stopped):
-        beside.wait()
+        beside.learn(9)
     beside.close()
     assert len(made) == 1
 

@@ -23,8 +23,8 @@ from runtime.device import (
     M_TRIM_THRESHOLD,
     OtherPrograms,
     free_memory,
-    has_spare_cores,
     keep_freed_memory,
+    leave_cores,
     limit_threads,
     make_replay,
     pick_device,
@@ -251,10 +251,10 @@ def test_environments_step_on_cores_of_their_own(device, cores, num_envs, thread
     """Torch has the others, at least one; not beside a GPU, and not if a number of threads was asked for."""
     root = machine("0::/", {"sys/fs/cgroup/cpu.max": "150000 100000"} if cores == 1 else {})
     before = threads_after(root, monkeypatch, affinity=max(2, cores))
-    assert has_spare_cores(torch.device(device), num_envs, root) == (threads is not None)
+    assert leave_cores(torch.device(device), num_envs, root) == (threads is not None)
     assert torch.get_num_threads() == (threads or before)
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    assert not has_spare_cores(torch.device(device), num_envs, root)
+    assert not leave_cores(torch.device(device), num_envs, root)
 
 
 def threads_after(root: Path, monkeypatch, affinity: int = 8, keep: bool = False) -> int:
