@@ -693,7 +693,7 @@ def test_a_metric_that_is_no_number_is_left_out_and_told(tmp_path, monkeypatch, 
 
 def test_evaluations_have_a_length_of_their_own(tmp_path):
     """`eval_steps` in training; and with --eval, as the run had it or as the flag says."""
-    assert train(tmp_path / "run", "--eval_steps 34") == 0
+    assert train(tmp_path / "run", "--eval_steps 34 --greedy_episodes 0") == 0
     for name, length in (("episode/length", 20), ("eval/length_mean", 34)):
         assert {line[name] for line in metrics(tmp_path / "run") if name in line} == {length}
     built = []
