@@ -128,7 +128,7 @@ def build(
     stack.push(lambda error, *_: logger.close(failed=error is not None))
     bar = ProgressBar(config.steps, state["step"] if state else 0)
     stack.callback(bar.close)
-    evaluator = Evaluator(config, agent, make_env, logger, watch, stop, bar)
+    evaluator = Evaluator(config, agent, make_env, logger, watch, stop, bar, apart)
     stack.callback(evaluator.close)
     saved: dict[str, Any] = {"collector": collector, "ratio": ratio, "meter": meter, "evaluator": evaluator}
     files = ReplayFiles(folder.path, replay, config.save_replay)

@@ -165,6 +165,7 @@ class OtherPrograms:
 
     def __init__(self) -> None:
         self.since = processor_seconds()
+        self.beside = 0  # environments that step on cores of their own while threads work
 
     def look(self) -> None:
         """Warn if they took cores since the last look. To be called after an update, while threads work."""
@@ -173,7 +174,9 @@ class OtherPrograms:
         now, threads, cores = processor_seconds(), torch.get_num_threads(), psutil.cpu_count() or 1
         seconds, busy, own = (new - old for new, old in zip(now, self.since, strict=True))
         self.since, others = now, (busy - own) / seconds
-        if own >= 0 and threads > 1 and threads + others > cores + 0.5:  # elsewhere, `own` falls when a child ends
+        if (
+            own >= 0 and threads > 1 and threads + self.beside + others > cores + 0.5
+        ):  # elsewhere, `own` falls when a child ends
             fewer = max(1, min(threads - 1, int(cores - others)))
             taken = f"other programs keep {others:.1f} of {cores} cores busy"
             cure = f"started with OMP_NUM_THREADS={fewer}, it may be several times as fast"

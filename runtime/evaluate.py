@@ -45,6 +45,7 @@ Act = Callable[..., tuple[Tensor, ActState]]
 EVAL_SEED = 1_000_000  # of the evaluation env; its episodes are the same in every evaluation
 OWN_SEED = 2_000_000  # of `--eval`, whose episodes no evaluation of training has played
 EVAL_EPISODES = 20  # with --eval
+EVAL_ENVS = 2  # at once, where environments have cores of their own; each takes 0.8 GB
 LAST_EVALUATION = 2  # the last evaluation of a run has this many times eval_episodes
 EARLY = 4  # evaluations in `eval_every` once training episodes succeed, until all episodes of one do
 TRIES, OTHER_SEED = 3, 1_000  # an episode that fails is played again that often, its seed moved by so much
@@ -310,13 +311,13 @@ def episode_length(config: Config) -> int:
     return config.eval_steps or config.episode_steps
 
 
-def open_envs(config: Config, make_env: MakeEnv) -> Envs:
-    """The environments of evaluations: in workers where there are several, as those of training.
+def open_envs(config: Config, make_env: MakeEnv, at_least: int = 1) -> Envs:
+    """The environments of evaluations: `num_envs`, or `at_least` so many, in workers where there are several.
 
     UserError if their images or actions are not those of training.
     """
     build = functools.partial(make_env, **eval_options(config))
-    envs = make_vector_env([build] * min(config.num_envs, config.eval_episodes))
+    envs = make_vector_env([build] * min(max(config.num_envs, at_least), config.eval_episodes))
     try:
         check_spaces(envs, config.task, len(config.cameras), config.image_size)
     except (UserError, Failure):
@@ -329,7 +330,7 @@ class Evaluator:
     """Evaluates a run's averaged policy, films it, and keeps that of the best evaluation.
 
     Nothing here changes what training does. `make_env` builds the environments at the first evaluation; they live as
-    long as the run.
+    long as the run. If `apart`, they have cores of their own.
     """
 
     SAVED = ("evaluated", "filmed", "largest", "best", "best_step", "best_success", "incomplete", "unwritten")
@@ -343,8 +344,9 @@ class Evaluator:
         watch: Stopwatch,
         stop: StopSignals,
         bar: ProgressBar,
+        apart: bool = False,
     ):
-        self.config, self.agent, self.make_env = config, agent, make_env
+        self.config, self.agent, self.make_env, self.apart = config, agent, make_env, apart
         self.logger, self.watch, self.stop, self.bar = logger, watch, stop, bar
         self.envs: Envs | None = None
         self.started, self.seconds = time.monotonic(), 0.0  # of this process; those that its evaluations took
@@ -408,7 +410,7 @@ class Evaluator:
 
     def _open(self) -> Envs:
         try:
-            return open_envs(self.config, self.make_env)
+            return open_envs(self.config, self.make_env, EVAL_ENVS if self.apart else 1)
         except FAULTS as error:
             raise BrokenEnv(f"its environment can't be built: {describe_error(error)}") from error
 

@@ -28,6 +28,7 @@ class BesideSteps:
 
     def __init__(self, agent: Dreamer, replay: ReplayBuffer, meter: Meter, watch: Stopwatch, stop: StopSignals):
         self.agent, self.replay, self.meter, self.watch, self.stop = agent, replay, meter, watch, stop
+        meter.others.beside = agent.config.num_envs
         self.policy = copy.deepcopy(agent.policy).requires_grad_(False)
         self.updates = 0  # that have made `policy`
         self.queue: deque[concurrent.futures.Future[tuple[dict[str, Tensor], float]]] = deque()

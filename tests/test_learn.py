@@ -13,6 +13,7 @@ import torch
 import faults
 import run
 from faults import NoisyEnv, copies_at_each_checkpoint, difference, fingerprint
+from runtime import evaluate
 from runtime.console import Stopped, StopSignals
 from runtime.learn import THREAD, BesideSteps
 from runtime.logger import Meter, Stopwatch
@@ -139,3 +140,12 @@ def test_neither_timing_nor_a_stop_changes_a_run(two_cores, tmp_path, monkeypatc
     monkeypatch.setattr(Dreamer, "train_step", lambda *args: (time.sleep(0.05 * wait.random()), step(*args))[1])
     assert faults.train(tmp_path / "slow", make_env=NoisyEnv) == 0
     assert difference(fingerprint(tmp_path / "slow"), end) == ""
+
+
+def test_evaluations_play_two_episodes_at_once(two_cores, tmp_path, monkeypatch):
+    """But never more than there are."""
+    counts, make = [], evaluate.make_vector_env
+    monkeypatch.setattr(evaluate, "make_vector_env", lambda builders: counts.append(len(builders)) or make(builders))
+    for episodes in (1, 3):
+        assert faults.train(tmp_path / str(episodes), f"--eval_episodes {episodes}") == 0
+    assert counts == [1, 2]

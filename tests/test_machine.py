@@ -291,13 +291,14 @@ def test_memory_is_kept_as_far_as_the_c_library_allows(monkeypatch):
     assert told == [(M_MMAP_THRESHOLD, 2**28), (M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**31 - 1)]
 
 
-def told_of_others(monkeypatch, capsys, *, others: float, threads: int, seconds: float = 20.0) -> str:
+def told_of_others(monkeypatch, capsys, *, others: float, threads: int, seconds: float = 20.0, beside: int = 0) -> str:
     """What is said after so many seconds in which other programs kept so many of four cores busy."""
     monkeypatch.setattr(psutil, "cpu_count", lambda: 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     times = iter([(t, 1000 + 3 * t + others * t, 3 * t) for t in (100.0, 100.0 + seconds)])
     monkeypatch.setattr(device, "processor_seconds", lambda: next(times))
     programs = OtherPrograms()
+    programs.beside = beside
     monkeypatch.setattr(device.time, "monotonic", lambda: 100.0 + seconds)
     programs.look()
     return capsys.readouterr().out
@@ -311,15 +312,21 @@ def test_programs_that_take_cores_of_its_threads_are_told(monkeypatch, capsys):
     assert told_of_others(monkeypatch, capsys, others=1.2, threads=4) == ""
 
 
+def test_environments_that_step_meanwhile_need_a_core_too(monkeypatch, capsys):
+    """Three threads and an environment have none to spare of four."""
+    assert "this run's 3 threads wait" in told_of_others(monkeypatch, capsys, others=1.2, threads=3, beside=1)
+
+
 @pytest.mark.parametrize(
     "case",
     [
         dict(others=0.3, threads=4),
         dict(others=1.2, threads=2),
+        dict(others=0.3, threads=3, beside=1),
         dict(others=4.0, threads=1),
         dict(others=1.2, threads=4, seconds=1.0),
     ],
-    ids=["hardly any", "cores to spare", "one thread", "too soon"],
+    ids=["hardly any", "cores to spare", "hardly any beside", "one thread", "too soon"],
 )
 def test_programs_that_do_no_harm_are_not_told(monkeypatch, capsys, case):
     """Where every thread has a core, or no thread waits for another one."""
