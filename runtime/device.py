@@ -174,9 +174,8 @@ class OtherPrograms:
         now, threads, cores = processor_seconds(), torch.get_num_threads(), psutil.cpu_count() or 1
         seconds, busy, own = (new - old for new, old in zip(now, self.since, strict=True))
         self.since, others = now, (busy - own) / seconds
-        if (
-            own >= 0 and threads > 1 and threads + self.beside + others > cores + 0.5
-        ):  # elsewhere, `own` falls when a child ends
+        needed = threads + self.beside + others
+        if own >= 0 and threads > 1 and needed > cores + 0.5:  # elsewhere than on Linux, `own` falls when a child ends
             fewer = max(1, min(threads - 1, int(cores - others)))
             taken = f"other programs keep {others:.1f} of {cores} cores busy"
             cure = f"started with OMP_NUM_THREADS={fewer}, it may be several times as fast"
