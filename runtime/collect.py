@@ -205,7 +205,8 @@ class Acting:
         # The policy takes over from random actions, or from nothing after a resume.
         is_first = np.ones_like(resets) if self.state is None else resets
         images, first, greedily = (moved(torch.as_tensor(x), self.agent.device) for x in (image, is_first, greedy))
-        action, self.state = self.agent.act(images, self.state, first, self.draws, greedily, self.newest.policy)
+        with self.beside.acting() if self.beside else contextlib.nullcontext():
+            action, self.state = self.agent.act(images, self.state, first, self.draws, greedily, self.newest.policy)
         return action.float().cpu().numpy()
 
     def remember(self, action: np.ndarray) -> None:

@@ -1,9 +1,11 @@
 """Updates beside the steps of environments: in a thread, while a copy of the policy acts."""
 
 import concurrent.futures
+import contextlib
 import copy
 import time
 from collections import deque
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -53,6 +55,20 @@ class BesideSteps:
         for name, value in self.policy.state_dict().items():
             value.copy_(newest[name])
         self.updates = self.agent.updates
+
+    @contextlib.contextmanager
+    def acting(self) -> Iterator[None]:
+        """To be around each use of `policy` while updates are made.
+
+        All threads share torch's cache of what autocast has cast, and the end of an outermost autocast empties it. Then
+        an update would cast a weight once more, and round the sum of its gradients in another way, at a random moment.
+        Nothing of `policy` is in that cache, as it needs no gradients.
+        """
+        torch.autocast_increment_nesting()
+        try:
+            yield
+        finally:
+            torch.autocast_decrement_nesting()
 
     def close(self) -> None:
         """Drop the updates that have not begun, and wait for the one under way."""

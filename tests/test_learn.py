@@ -7,13 +7,15 @@ import threading
 import time
 from types import SimpleNamespace
 
+import gymnasium
+import numpy as np
 import pytest
 import torch
 
 import faults
 import run
 from faults import NoisyEnv, copies_at_each_checkpoint, difference, fingerprint
-from runtime import evaluate
+from runtime import collect, evaluate
 from runtime.console import Stopped, StopSignals
 from runtime.learn import THREAD, BesideSteps
 from runtime.logger import Meter, Stopwatch
@@ -94,6 +96,33 @@ def test_what_an_update_raises_is_raised_where_it_is_waited_for(monkeypatch):
     beside.close()
 
 
+@pytest.mark.parametrize("beside", [True, False])
+def test_what_acts_leaves_an_updates_casts_alone(beside):
+    """All threads share autocast's cache: without care, an update's sums would depend on when an action was chosen."""
+    agent = tiny_dreamer(tiny_config(), autocast_dtype=torch.bfloat16)
+    acting = collect.Acting(agent, gymnasium.spaces.Box(-1, 1, (4,)), 0, beside_steps(agent) if beside else None)
+    if beside:
+        acting.beside.wait()
+    agent.updates = acting.newest.updates = 1
+    weight, x, image = (
+        agent.world_model.rssm.img_out.weight,
+        torch.ones(1, 16),
+        np.zeros((1, *agent.image_shape), np.uint8),
+    )
+
+    def cast() -> object:
+        """The step of autograd in which autocast has cast the weight."""
+        return torch.nn.functional.linear(x, weight).grad_fn.next_functions[1][0].next_functions[0][0]
+
+    with agent.autocast():
+        first = cast()
+        assert cast() is first
+        chooser = threading.Thread(target=acting.choose, args=(image, np.array([True]), np.array([False])))
+        chooser.start(), chooser.join()
+        assert acting.state is not None
+        assert (cast() is first) == beside
+
+
 def test_a_signal_ends_the_wait(monkeypatch):
     """Within the update under way; those that have not begun are dropped."""
     stop, made = StopSignals(), []
@@ -123,22 +152,24 @@ def test_a_run_learns_beside_its_steps(num_envs, two_cores, tmp_path):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith(THREAD)]
 
 
-def test_neither_timing_nor_a_stop_changes_a_run(two_cores, tmp_path, monkeypatch):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_neither_timing_nor_a_stop_changes_a_run(precision, two_cores, tmp_path, monkeypatch):
     """R1 beside steps: with slow updates, and from each checkpoint on, a run ends bit for bit as the straight one.
 
     So also with an environment that draws from the global generators of its process.
     """
+    flags = f"--precision {precision}"
     with pytest.MonkeyPatch.context() as patch:
         copies = copies_at_each_checkpoint(patch, tmp_path)
-        assert faults.train(tmp_path / "run", make_env=NoisyEnv) == 0
+        assert faults.train(tmp_path / "run", flags, NoisyEnv) == 0
     end = fingerprint(tmp_path / "run")
     assert end["state"]["agent"]["updates"] >= 40 and len(copies) == 8
     for copied in copies[:-1]:
-        assert faults.train(copied, make_env=NoisyEnv) == 0
+        assert faults.train(copied, flags, NoisyEnv) == 0
         assert difference(fingerprint(copied), end) == "", copied.name
     step, wait = Dreamer.train_step, random.Random(0)
     monkeypatch.setattr(Dreamer, "train_step", lambda *args: (time.sleep(0.05 * wait.random()), step(*args))[1])
-    assert faults.train(tmp_path / "slow", make_env=NoisyEnv) == 0
+    assert faults.train(tmp_path / "slow", flags, NoisyEnv) == 0
     assert difference(fingerprint(tmp_path / "slow"), end) == ""
 
 
