@@ -189,7 +189,7 @@ def loop(p: Parts) -> None:
 
 
 def overlaps(num_envs: int, device: torch.device) -> bool:
-    """Whether workers step while the agent learns: beside a GPU they do. On a CPU, both want its cores."""
+    """Whether workers make their step while a GPU makes the updates that are due. On a CPU, see `BesideSteps`."""
     return num_envs > 1 and device.type == "cuda"
 
 
