@@ -75,13 +75,13 @@ class Config:
     controller: Env[Fixed[str]] = "OSC_POSE"  # OSC_POSE, OSC_POSITION (without turns), JOINT_POSITION or JOINT_TORQUE
     rotation_scale: Env[Fixed[PositiveShare]] = 0.02  # with OSC_POSE, a factor for the commands that turn the hand
     cameras: Env[Fixed[tuple[str, ...]]] = ("agentview", "sideview", "robot0_eye_in_hand")  # the cameras of the agent
-    camera_radius: Env[Fixed[Weight]] = 0.0  # meters that standing cameras show of the workplace; 0: RoboSuite's own
+    camera_radius: Env[Fixed[Weight]] = 0.0  # radius in meters that fixed cameras show; 0: RoboSuite's own view
     image_size: Env[Fixed[Literal[32, 64, 128]]] = 64  # height and width of a camera picture, in pixels
     control_freq: Env[Kept[Positive]] = 20  # control steps in a simulated second; must divide 500 Hz, the physics rate
     action_repeat: Env[Fixed[Count]] = 2  # control steps for which the robot holds each action of the agent
     episode_steps: Env[Count] = 200  # control steps in a training episode; greedy_episodes have eval_steps
     reward_shaping: Env[Kept[bool]] = True  # give a dense reward, if the task has one; if false, reward only success
-    num_envs: Count = 1  # environments that run at once, each in a worker process if there are several
+    num_envs: Count = 1  # environments at once; several, or one beside a CPU's updates, are in worker processes
 
     # run
     preset: Literal["auto", "standard", "cpu", "debug", "paper"] = "auto"  # auto: standard on an NVIDIA GPU, else cpu
@@ -94,7 +94,7 @@ class Config:
     checkpoint_minutes: Weight = 10  # minutes, at least, between two checkpoints; the best evaluation has one too
     save_replay: bool = True  # keep finished episodes on disk; if false, a resumed run fills its replay anew
     log_every: Count = 500  # control steps, at least, between two lines of training metrics
-    eval_every: Count = 20_000  # control steps between evaluations; a quarter while training succeeds but they don't
+    eval_every: Count = 20_000  # control steps between evaluations; a quarter once training succeeds, until they do
     eval_steps: Whole = 500  # control steps in an evaluation episode; 0: as many as in a training episode
     eval_action: Literal["mean", "mode"] = "mean"  # action of an evaluation: mean or mode of the policy's distribution
     eval_episodes: Count = 10  # episodes in an evaluation; twice as many at the end of a run; 20 with --eval
@@ -106,7 +106,7 @@ class Config:
     prefill: Count = 5_000  # agent steps of random actions before the first update
     pretrain: Whole = 100  # updates made at once after the prefill
     train_every: Annotated[float, Range(0.001)] = 5  # agent steps between two updates; may be a fraction
-    replay_focus: Share = 0.5  # share of sequences from the newest and the best tenth of the episodes, half of it each
+    replay_focus: Share = 0.5  # share of sequences from favored episodes: half the newest tenth, half the best
     held_actions: Share = 0.75  # share of training episodes in which random commands are held; falls to 0 with success
     greedy_episodes: Share = 0.5  # training episodes without noise: this share times the success rate of the last 10
     batch_size: Count = 16  # sequences in a batch
@@ -151,7 +151,7 @@ class Config:
     actor_entropy: Weight = 0.01  # weight of the entropy bonus in the first update; above 0 if it decays
     actor_entropy_final: Weight = 0.001  # value to which the weight of the entropy bonus decays exponentially
     entropy_updates: Whole = 3_000  # updates over which the entropy weight decays; 0: it stays at actor_entropy
-    actor_output_cost: Weight = 1e-3  # weight of a cost on the squared outputs before tanh, which keeps tanh's gradient
+    actor_output_cost: Weight = 1e-3  # weight of a cost on squared outputs before tanh, so that tanh keeps its gradient
     actor_lr: Positive = 8e-5  # learning rate of the actor
     actor_eps: Positive = 1e-5  # epsilon of the actor's Adam optimizer
     actor_clip: Positive = 100.0  # largest global norm of the actor's gradient

@@ -2,8 +2,8 @@
 
     python results/plot.py
 
-lift.png, door.png, stack.png `run.py --preset cpu` on a task: each run, their median, SAC and Lift's scripted expert
-experiments/experiments.png   the runs with other constants, or on an easier task
+<task>.png                   `run.py --preset cpu` on a task: each run, their median, SAC and Lift's scripted expert
+experiments/experiments.png  the runs with other constants, or on an easier task
 """
 
 import csv

@@ -1,4 +1,4 @@
-"""The environments of a run: built together, in worker processes if there are several, and built anew after a fault.
+"""The environments of a run: built together, some in worker processes, and built anew after a fault.
 
 An environment of the world outside fails now and then. Here that is one event, whatever raised or was not a number:
 the episode ends, a line says why, and the next one is drawn anew. This file imports no torch: workers need none.
