@@ -67,6 +67,8 @@ def train(config: Config, given: dict[str, Any], make_env: MakeEnv) -> None:
             return
         parts = build(config, given, make_env, device, folder, state, stack)
         stack.enter_context(parts.stop)
+        if parts.beside:
+            stack.callback(parts.beside.close)  # inside `stop`: a second signal ends the wait for the last update
         try:
             loop(parts)
         except Stopped as stop:
@@ -108,8 +110,8 @@ def build(
     """Build the parts of a run, in the state of a checkpoint if there is one; `stack` closes them."""
     generators = GlobalGenerators(device)
     generators.seed(config.seed)
-    apart = leave_cores(device, config.num_envs)
-    envs = make_envs(cli.training_options(config), config.num_envs, config.seed, make_env, apart)
+    threads = leave_cores(device, config.num_envs)  # of updates that are made beside the steps, if they are
+    envs = make_envs(cli.training_options(config), config.num_envs, config.seed, make_env, apart=threads > 0)
     stack.callback(close_envs, envs)
     image_shape, action_size = check_spaces(envs, config.task, len(config.cameras), config.image_size)
     dtype, gripper = pick_precision(config.precision, device), bool(envs.metadata.get("gripper"))
@@ -118,27 +120,26 @@ def build(
     replay = make_replay(config, image_shape, action_size, device)
     watch, stop = Stopwatch(), StopSignals()
     ratio, meter = UpdateRatio(config, replay), Meter(agent, replay, watch)
-    beside = BesideSteps(agent, replay, meter, watch, stop) if apart else None
+    beside = BesideSteps(agent, replay, meter, watch, stop, threads) if threads else None
     collector = Collector(config, envs, agent, replay, watch, stop, beside)
 
     wandb_mode = pick_wandb_mode(config.wandb)
-    cli.preflight(config, given, folder.path, agent, envs, replay, wandb_mode, apart)
+    cli.preflight(config, given, folder.path, agent, envs, replay, wandb_mode, threads)
     folder.claim(config)
     logger = Logger(folder.path, dataclasses.asdict(config), wandb_mode[0], state["logger"] if state else None)
     stack.push(lambda error, *_: logger.close(failed=error is not None))
     bar = ProgressBar(config.steps, state["step"] if state else 0)
     stack.callback(bar.close)
-    evaluator = Evaluator(config, agent, make_env, logger, watch, stop, bar, apart)
+    evaluator = Evaluator(config, agent, make_env, logger, watch, stop, bar, apart=threads > 0)
     stack.callback(evaluator.close)
     saved: dict[str, Any] = {"collector": collector, "ratio": ratio, "meter": meter, "evaluator": evaluator}
     files = ReplayFiles(folder.path, replay, config.save_replay)
-    checkpointer = Checkpointer(config, agent, files, logger, generators, apart, **saved)
+    checkpointer = Checkpointer(config, agent, files, logger, generators, threads, **saved)
     if state is not None:
         checkpointer.restore(state)
     else:
         checkpointer.hold(0, -1, last=False)  # for a stop or an error before the first episode has ended
     if beside:
-        stack.callback(beside.close)
         beside.wait()  # so that a restored policy acts
     p = Parts(config, agent, replay, collector, ratio, beside, meter, logger, evaluator, checkpointer, watch, stop, bar)
     stop.leave = functools.partial(leave, p)
@@ -159,8 +160,8 @@ def loop(p: Parts) -> None:
         p.bar.move(collector.step)
 
         # learn; where there are cores for it, or a GPU, workers step meanwhile
-        updates = p.ratio.due()
-        p.bar.show_learning(updates, first=p.agent.updates == 0)
+        pretraining, updates = not p.ratio.pretrained, p.ratio.due()
+        p.bar.show_learning(updates, first=pretraining)
         if p.beside:
             p.beside.learn(updates)
         else:

@@ -284,7 +284,7 @@ class Checkpointer:
         replay: "ReplayFiles",
         logger: Logger,
         generators: "GlobalGenerators",
-        beside: bool = False,
+        beside: int = 0,
         **parts: Any,
     ):
         self.run_dir, self.agent, self.replay, self.logger = logger.run_dir, agent, replay, logger
@@ -358,14 +358,14 @@ class Checkpointer:
         warn_once("checkpoint", f"{self.run_dir} can't be written to, training goes on: {error}")
 
 
-def versions(device: torch.device, autocast_dtype: torch.dtype | None, beside: bool) -> dict[str, str | int]:
+def versions(device: torch.device, autocast_dtype: torch.dtype | None, beside: int) -> dict[str, str | int]:
     """What has to stay the same for a resumed run to be bit for bit the uninterrupted one.
 
-    `beside`: updates are made beside the steps of environments.
+    `beside`: threads that make updates beside the steps of environments, 0 if they are made between them.
     """
     return {
         "torch": str(torch.__version__),
-        "threads": torch.get_num_threads(),
+        "threads": beside or torch.get_num_threads(),
         "updates": "beside steps" if beside else "between steps",
         "device": device.type,
         "machine": platform.machine(),

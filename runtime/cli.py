@@ -335,11 +335,11 @@ def preflight(
     envs: Envs,
     replay: ReplayBuffer,
     wandb_mode: tuple[str, str],
-    beside: bool,
+    beside: int,
 ) -> None:
     """Say in a few lines what is about to happen; refuse what can't fit (UserError).
 
-    `beside`: updates are made beside the steps of environments.
+    `beside`: threads that make updates beside the steps of environments, 0 if they are made between them.
     """
     c = config
     why = "as asked" if given.get("preset", Config.preset) != "auto" else f"--preset auto on {agent.device}"
@@ -349,7 +349,7 @@ def preflight(
         if replaced := [f"{name}={_text(getattr(c, name))}" for name in names if name not in given]:
             say(textwrap.fill(f"the {what} replaces: {', '.join(replaced)}", 79, subsequent_indent="  "))
     precision = "bfloat16 products, float32 parameters" if agent.autocast_dtype else "float32"
-    threads = f", threads: {torch.get_num_threads()}" if agent.device.type == "cpu" else ""
+    threads = f", threads: {beside or torch.get_num_threads()}" if agent.device.type == "cpu" else ""
     say(f"device {agent.device}, {precision}{threads}")
     if beside:
         say("environments step in processes of their own while the agent learns")

@@ -25,7 +25,7 @@ from train import Config, Dreamer
 
 CHECKED = ("mps",)  # devices whose gradients are compared with the CPU's before the first update
 MAX_GRADIENT_DEVIATION = 1e-3  # of a GPU's gradients from the CPU's, relative
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's names for its settings
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # glibc's names for its settings
 # Controller, files and statistic of control groups, versions 2 and 1: the limit, what is used, and how much of that the
 # system takes back when memory gets short, such as what was read from files.
 CGROUP_MEMORY = (
@@ -94,6 +94,7 @@ def keep_freed_memory() -> None:
         # Bytes; larger blocks, such as the replay's, are mapped one by one. Older releases refuse more than 32 MiB.
         mallopt(M_MMAP_THRESHOLD, 2**28) or mallopt(M_MMAP_THRESHOLD, 2**25)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # bytes free at the heap's end, above which they are given back
+        mallopt(M_ARENA_MAX, 1)  # other threads' heaps, such as that of updates beside steps, would not keep it
 
 
 def lack_of_memory(error: Exception) -> str:
@@ -165,13 +166,14 @@ class OtherPrograms:
 
     def __init__(self) -> None:
         self.since = processor_seconds()
+        self.threads = torch.get_num_threads()  # of an update
         self.beside = 0  # environments that step on cores of their own while threads work
 
     def look(self) -> None:
         """Warn if they took cores since the last look. To be called after an update, while threads work."""
         if time.monotonic() - self.since[0] < self.WINDOW:
             return
-        now, threads, cores = processor_seconds(), torch.get_num_threads(), psutil.cpu_count() or 1
+        now, threads, cores = processor_seconds(), self.threads, psutil.cpu_count() or 1
         seconds, busy, own = (new - old for new, old in zip(now, self.since, strict=True))
         self.since, others = now, (busy - own) / seconds
         needed = threads + self.beside + others
@@ -197,17 +199,19 @@ def limit_threads(root: Path = Path("/")) -> None:
         torch.set_num_threads(max(1, math.floor(usable_cores(root))))
 
 
-def leave_cores(device: torch.device, num_envs: int, root: Path = Path("/")) -> bool:
-    """Leave cores to environments, so that they step in processes of their own while the agent learns; whether it did.
+def leave_cores(device: torch.device, num_envs: int, root: Path = Path("/")) -> int:
+    """Leave cores to environments, so that they step in processes of their own while the agent learns.
 
-    Torch then has threads for the other cores only, or one. Nothing is left on a single core, where a GPU learns, and
-    if OMP_NUM_THREADS is set.
+    Returns how many threads the other cores have for updates, at least one. The calling thread, which acts meanwhile,
+    keeps only itself: torch would give it as many once more. 0 if nothing is left: on a single core, where a GPU
+    learns, and if OMP_NUM_THREADS is set.
     """
     cores = math.floor(usable_cores(root))
     if device.type != "cpu" or "OMP_NUM_THREADS" in os.environ or cores < 2:
-        return False
-    torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - num_envs)))
-    return True
+        return 0
+    threads = max(1, min(torch.get_num_threads(), cores - num_envs))
+    torch.set_num_threads(1)
+    return threads
 
 
 def usable_cores(root: Path = Path("/")) -> float:

@@ -311,13 +311,14 @@ def episode_length(config: Config) -> int:
     return config.eval_steps or config.episode_steps
 
 
-def open_envs(config: Config, make_env: MakeEnv, at_least: int = 1) -> Envs:
-    """The environments of evaluations: `num_envs`, or `at_least` so many, in workers where there are several.
+def open_envs(config: Config, make_env: MakeEnv, apart: bool = False) -> Envs:
+    """The environments of evaluations: `num_envs` of them, or EVAL_ENVS if they are to be `apart` and that is more.
 
     UserError if their images or actions are not those of training.
     """
     build = functools.partial(make_env, **eval_options(config))
-    envs = make_vector_env([build] * min(max(config.num_envs, at_least), config.eval_episodes))
+    wanted = max(config.num_envs, EVAL_ENVS if apart else 1)
+    envs = make_vector_env([build] * min(wanted, config.eval_episodes), apart)
     try:
         check_spaces(envs, config.task, len(config.cameras), config.image_size)
     except (UserError, Failure):
@@ -410,7 +411,7 @@ class Evaluator:
 
     def _open(self) -> Envs:
         try:
-            return open_envs(self.config, self.make_env, EVAL_ENVS if self.apart else 1)
+            return open_envs(self.config, self.make_env, self.apart)
         except FAULTS as error:
             raise BrokenEnv(f"its environment can't be built: {describe_error(error)}") from error
 

@@ -28,13 +28,16 @@ class BesideSteps:
 
     QUEUED = 2  # updates that may wait for their turn; a run's first hundred batches need not lie in memory at once
 
-    def __init__(self, agent: Dreamer, replay: ReplayBuffer, meter: Meter, watch: Stopwatch, stop: StopSignals):
+    def __init__(
+        self, agent: Dreamer, replay: ReplayBuffer, meter: Meter, watch: Stopwatch, stop: StopSignals, threads: int
+    ):
         self.agent, self.replay, self.meter, self.watch, self.stop = agent, replay, meter, watch, stop
-        meter.others.beside = agent.config.num_envs
+        meter.others.threads, meter.others.beside = threads, agent.config.num_envs
         self.policy = copy.deepcopy(agent.policy).requires_grad_(False)
         self.updates = 0  # that have made `policy`
         self.queue: deque[concurrent.futures.Future[tuple[dict[str, Tensor], float]]] = deque()
         self.thread = concurrent.futures.ThreadPoolExecutor(1, THREAD)
+        self.thread.submit(torch.set_num_threads, threads).result()  # which holds for the calling thread
 
     def learn(self, updates: int) -> None:
         """Let the newest policy act, and begin so many updates on batches of what the replay holds now."""
@@ -76,9 +79,13 @@ class BesideSteps:
 
     def _take(self) -> None:
         """Wait for the oldest update; Stopped if a signal comes meanwhile."""
+        self.stop.check()
         while not concurrent.futures.wait([self.queue[0]], timeout=0.1).done:
             self.stop.check()
-        metrics, seconds = self.queue.popleft().result()
+        update = self.queue.popleft()
+        if update.exception():
+            self.close()  # the next ones would go on with half of an update
+        metrics, seconds = update.result()
         self.watch.seconds["update"] += seconds
         self.meter.add(metrics)
 

@@ -11,6 +11,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium.vector import AsyncVectorEnv
 
 import faults
 import run
@@ -31,14 +32,14 @@ def no_videos(monkeypatch):
 @pytest.fixture
 def two_cores(monkeypatch):
     """Runs of this test learn beside the steps."""
-    monkeypatch.setattr(run, "leave_cores", lambda device, num_envs: True)
+    monkeypatch.setattr(run, "leave_cores", lambda device, num_envs: 1)
 
 
-def beside_steps(agent: Dreamer, stop: StopSignals | None = None) -> BesideSteps:
+def beside_steps(agent: Dreamer, stop: StopSignals | None = None, threads: int = 1) -> BesideSteps:
     """Its replay hands out one batch after the other: `random_batch` with the seeds 0, 1, 2 and so on."""
     batches, watch = (random_batch(agent.config, seed) for seed in itertools.count()), Stopwatch()
     replay = SimpleNamespace(sample=lambda *_: next(batches))
-    return BesideSteps(agent, replay, Meter(agent, replay, watch), watch, stop or StopSignals())
+    return BesideSteps(agent, replay, Meter(agent, replay, watch), watch, stop or StopSignals(), threads)
 
 
 def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -123,22 +124,49 @@ def test_what_acts_leaves_an_updates_casts_alone(beside):
         assert (cast() is first) == beside
 
 
-def test_a_signal_ends_the_wait(monkeypatch):
-    """Within the update under way; those that have not begun are dropped."""
+@pytest.mark.parametrize("seconds", [0.5, 0.02])
+def test_a_signal_ends_the_wait(seconds, monkeypatch):
+    """Within the update under way, a slow one too; those that have not begun are dropped."""
     stop, made = StopSignals(), []
     beside = beside_steps(tiny_dreamer(tiny_config()), stop)
 
-    def slow(_, batch):
+    def train_step(_, batch):
         made.append(batch)
         stop.number = 15
-        time.sleep(0.5)
+        time.sleep(seconds)
         return {}
 
-    monkeypatch.setattr(Dreamer, "train_step", slow)
+    monkeypatch.setattr(Dreamer, "train_step", train_step)
     with pytest.raises(Stopped):
-        beside.learn(9)
+        beside.learn(99)
     beside.close()
-    assert len(made) == 1
+    assert len(made) <= 1 + (seconds < 0.5) * BesideSteps.QUEUED
+
+
+def test_no_update_follows_one_that_failed(monkeypatch):
+    """Those behind it in the queue would go on with half of it, while the run saves."""
+    made, beside = [], beside_steps(tiny_dreamer(tiny_config()))
+
+    def train_step(_, batch):
+        made.append(batch)
+        time.sleep(0.2)
+        raise MemoryError
+
+    monkeypatch.setattr(Dreamer, "train_step", train_step)
+    with pytest.raises(MemoryError):
+        beside.learn(9)
+    time.sleep(0.5)
+    assert len(made) <= 2  # the second may have begun by then
+
+
+def test_only_updates_have_several_threads(monkeypatch):
+    """Torch gives each thread of a program as many as it was told there: acting would have as many once more."""
+    monkeypatch.setattr(Dreamer, "train_step", lambda *_: {"threads": torch.tensor(float(torch.get_num_threads()))})
+    here, beside = torch.get_num_threads(), beside_steps(tiny_dreamer(tiny_config()), threads=3)
+    beside.learn(1)
+    beside.wait()
+    beside.close()
+    assert beside.meter.totals == {"threads": 3} and torch.get_num_threads() == here != 3
 
 
 @pytest.mark.parametrize("num_envs", [1, 2])
@@ -174,9 +202,10 @@ def test_neither_timing_nor_a_stop_changes_a_run(precision, two_cores, tmp_path,
 
 
 def test_evaluations_play_two_episodes_at_once(two_cores, tmp_path, monkeypatch):
-    """But never more than there are."""
-    counts, make = [], evaluate.make_vector_env
-    monkeypatch.setattr(evaluate, "make_vector_env", lambda builders: counts.append(len(builders)) or make(builders))
+    """But never more than there are, and always in workers."""
+    opened, make = [], evaluate.make_vector_env
+    monkeypatch.setattr(evaluate, "make_vector_env", lambda *args: opened.append(make(*args)) or opened[-1])
     for episodes in (1, 3):
         assert faults.train(tmp_path / str(episodes), f"--eval_episodes {episodes}") == 0
-    assert counts == [1, 2]
+    assert [envs.num_envs for envs in opened] == [1, 2]
+    assert all(isinstance(envs, AsyncVectorEnv) for envs in opened)

@@ -19,6 +19,7 @@ from buffer import Transition
 from runtime import device
 from runtime.console import UserError
 from runtime.device import (
+    M_ARENA_MAX,
     M_MMAP_THRESHOLD,
     M_TRIM_THRESHOLD,
     OtherPrograms,
@@ -245,16 +246,16 @@ def test_a_number_of_threads_that_was_asked_for_stays(machine, monkeypatch):
 
 @pytest.mark.parametrize(
     ("device", "cores", "num_envs", "threads"),
-    [("cpu", 8, 1, 7), ("cpu", 8, 6, 2), ("cpu", 2, 1, 1), ("cpu", 2, 6, 1), ("cpu", 1, 1, None), ("cuda", 8, 1, None)],
+    [("cpu", 8, 1, 7), ("cpu", 8, 6, 2), ("cpu", 2, 1, 1), ("cpu", 2, 6, 1), ("cpu", 1, 1, 0), ("cuda", 8, 1, 0)],
 )
 def test_environments_step_on_cores_of_their_own(device, cores, num_envs, threads, machine, monkeypatch):
-    """Torch has the others, at least one; not beside a GPU, and not if a number of threads was asked for."""
+    """Updates have the others, at least one; not on a GPU, and not if a number of threads was asked for."""
     root = machine("0::/", {"sys/fs/cgroup/cpu.max": "150000 100000"} if cores == 1 else {})
     before = threads_after(root, monkeypatch, affinity=max(2, cores))
-    assert leave_cores(torch.device(device), num_envs, root) == (threads is not None)
-    assert torch.get_num_threads() == (threads or before)
+    assert leave_cores(torch.device(device), num_envs, root) == threads
+    assert torch.get_num_threads() == (1 if threads else before)
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    assert not leave_cores(torch.device(device), num_envs, root)
+    assert leave_cores(torch.device(device), num_envs, root) == 0
 
 
 def threads_after(root: Path, monkeypatch, affinity: int = 8, keep: bool = False) -> int:
@@ -278,7 +279,7 @@ def test_evaluations_have_no_more_threads_than_training(monkeypatch, capsys):
 
 
 def test_memory_is_kept_as_far_as_the_c_library_allows(monkeypatch):
-    """Older ones refuse a threshold above 32 MiB, and then would keep less than without any setting."""
+    """Of all threads. Older ones refuse a threshold above 32 MiB, and then would keep less than without any setting."""
     told = []
 
     def mallopt(name, value):
@@ -288,7 +289,8 @@ def test_memory_is_kept_as_far_as_the_c_library_allows(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
     monkeypatch.setattr(sys, "platform", "linux")
     keep_freed_memory()
-    assert told == [(M_MMAP_THRESHOLD, 2**28), (M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**31 - 1)]
+    thresholds = [(M_MMAP_THRESHOLD, 2**28), (M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**31 - 1)]
+    assert told == [*thresholds, (M_ARENA_MAX, 1)]
 
 
 def told_of_others(monkeypatch, capsys, *, others: float, threads: int, seconds: float = 20.0, beside: int = 0) -> str:
