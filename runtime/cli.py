@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import functools
-import itertools
 import math
 import os
 import shutil
@@ -58,17 +57,14 @@ def parse(argv: Sequence[str]) -> Command:
     """The configuration that flags, preset and Config give together, and what to do. UserError for wrong input."""
     check_block()
     words = list(_words(argv))
-    preset, task = _preset_and_task(words)
+    options: dict[str, Any] = dict(args=words, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
     with tyro._errors.on_parse_error(_refuse):
-        flags = tyro.cli(
-            Flags,
-            prog="run.py",
-            description=DESCRIPTION.format(preset=preset),
-            default=Flags(**defaults(task, preset)),
-            args=words,
-            config=(tyro.conf.FlagConversionOff,),
-            use_underscores=True,
-        )
+        named_first, _ = tyro.cli(Flags, **options, add_help=False, return_unknown_args=True)
+        preset = named_first.preset
+        if preset == "auto":
+            preset = "standard" if pick_device(named_first.device).type == "cuda" else "cpu"
+        default, description = Flags(**defaults(named_first.task, preset)), DESCRIPTION.format(preset=preset)
+        flags = tyro.cli(Flags, **options, prog="run.py", description=description, default=default)
     named = {_field(word) for word in words if word.startswith("--")}
     values = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Config)}
     given = {name: value for name, value in values.items() if name in named}
@@ -109,20 +105,6 @@ def _did_you_mean(name: str, valid: Iterable[str], otherwise: str, dashes: str =
     """A question that names the nearest valid name, or other words if none is near."""
     near = [ELSEWHERE[name]] if name in ELSEWHERE else difflib.get_close_matches(name, valid, 1, cutoff=0.75)
     return f"did you mean {dashes}{near[0]}?" if near else otherwise
-
-
-def _preset_and_task(words: Sequence[str]) -> tuple[str, str]:
-    """The preset, with `auto` resolved, and the task of valid words; of others, which tyro refuses, what is shown."""
-    found = {"preset": "auto", "device": "auto", "task": Config.task}
-    for word, after in itertools.pairwise([*words, ""]):
-        flag, equals, value = word.partition("=")
-        if flag.startswith("--"):
-            found[_field(flag)] = value if equals else after
-    name = found["preset"] if found["preset"] in PRESETS else "auto"
-    if name == "auto":
-        device = found["device"] if found["device"] in typing.get_args(hints()["device"]) else "auto"
-        name = "standard" if pick_device(device).type == "cuda" else "cpu"
-    return name, found["task"]
 
 
 def _check_no_gpu_run(config: Config) -> None:

@@ -1,11 +1,11 @@
 """How a command ends: its exit code, and what is said of a run that is over."""
 
 import contextlib
-import dataclasses
 import multiprocessing
 import shlex
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import fast
@@ -19,19 +19,12 @@ from runtime.logger import Logger
 from train import Config, Dreamer
 
 
-@dataclasses.dataclass
-class Outcome:
-    """How a command ended."""
-
-    exit_code: int = 0
-
-
 @contextlib.contextmanager
-def outcome() -> Iterator[Outcome]:
+def outcome() -> Iterator[SimpleNamespace]:
     """Say in one line what ends the command inside, and note its exit code."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         sys.exit(1)  # a spawned worker has imported an unguarded script, which calls `main` again: the parent says so
-    outcome = Outcome()
+    outcome = SimpleNamespace(exit_code=0)
     with tolerant_output():
         try:
             yield outcome
