@@ -107,7 +107,7 @@ class Config:
     pretrain: Whole = 100  # updates made at once after the prefill
     train_every: Annotated[float, Range(0.001)] = 5  # agent steps between two updates; may be a fraction
     replay_focus: Share = 0.5  # share of sequences from favored episodes: half the newest tenth, half the best
-    held_actions: Share = 0.75  # share of training episodes in which random commands are held; falls to 0 with success
+    held_actions: Share = 0.75  # share of episodes with held random commands once progress stalls; 0 with success
     greedy_episodes: Share = 0.5  # training episodes without noise: this share times the success rate of the last 10
     batch_size: Count = 16  # sequences in a batch
     batch_length: Count = 50  # agent steps in a sequence

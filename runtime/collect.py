@@ -22,7 +22,8 @@ from runtime.learn import BesideSteps
 from runtime.logger import Stopwatch
 from train import ActState, Config, Dreamer
 
-LAST = 10  # episodes whose success decides how much is explored
+LAST = 10  # episodes whose success and largest rewards decide how much is explored
+RISE, STALLED = 0.1, 20  # largest rewards that have not risen by this share for so many episodes have stalled
 LARGE_REWARD = 10  # a control step; the presets are made for at most 1
 RECENT = 20  # episodes, or four of each environment if that is more; a run ends when half of them have failed
 
@@ -31,15 +32,16 @@ class HeldActions:
     """Exploration that now and then holds a random command for several steps (Dabney et al. 2021, arXiv 2006.01782).
 
     Noise that is drawn anew in every step averages out: it leaves the fingers half open, since only the sign of their
-    command counts and they need 0.4 s, and it takes the hand nowhere. A `share` of the policy's episodes is disturbed,
-    less if the task is often solved. In a third of these, the gripper is held at random times. In the others, the hand
-    goes straight on once: one of the first `moves` actions is at its bound and all others are 0 but the gripper's,
-    which stays the policy's, or the hand would drop what it carries. That begins where the policy has come about as far
-    as it can (as in Go-Explore, Ecoffet et al. 2021, arXiv 2004.12919): after a random step of the episode's middle
-    half, once the reward is near the median of the last episodes' largest rewards. Where it solves the task, the hand
-    then rests, with all of them 0: if it went on, it would let go of the open door, and a policy that has never
-    opened it would shut it. Nothing else is held in an episode that is solved. The random actions before training have
-    the gripper held all the time. When a run goes on, only the state of `rng` has to come back.
+    command counts and they need 0.4 s, and it takes the hand nowhere. Once the policy comes no further (`Progress`), a
+    `share` of its episodes is disturbed, less if the task is often solved. In a third of these, the gripper is held at
+    random times. In the others, the hand goes straight on once: one of the first `moves` actions is at its bound and
+    all others are 0 but the gripper's, which stays the policy's, or the hand would drop what it carries. That begins
+    where the policy has come about as far as it can (as in Go-Explore, Ecoffet et al. 2021, arXiv 2004.12919): after a
+    random step of the episode's middle half, once the reward is near the median of the last episodes' largest rewards.
+    Where it solves the task, the hand then rests, with all of them 0: if it went on, it would let go of the open door,
+    and a policy that has never opened it would shut it. Nothing else is held in an episode that is solved. The random
+    actions before training have the gripper held all the time. When a run goes on, only the state of `rng` has to come
+    back.
 
     Args:
         share: of the policy's episodes in this environment; with 0 nothing is held, before training either.
@@ -176,6 +178,41 @@ class UpdateRatio:
         self.owed, self.pretrained = state["owed"], state["pretrained"]
 
 
+class Progress:
+    """Whether the policy still comes further: by the median of the last episodes' largest rewards of a control step."""
+
+    def __init__(self) -> None:
+        self.largest: deque[float] = deque(maxlen=LAST)
+        self.highest = -math.inf  # median when it last rose
+        self.stalled = 0  # episodes since then
+
+    @property
+    def level(self) -> float:
+        """The median, or minus infinity before the first episode has ended."""
+        return statistics.median(self.largest) if self.largest else -math.inf
+
+    @property
+    def has_stalled(self) -> bool:
+        """Whether it has not risen by the share RISE in STALLED episodes."""
+        return self.stalled >= STALLED
+
+    def add(self, largest: float) -> None:
+        """The largest reward of an episode that has ended."""
+        self.largest.append(largest)
+        self.stalled += 1
+        if self.level - RISE * abs(self.level) > self.highest:
+            self.highest, self.stalled = self.level, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it."""
+        return {"largest": list(self.largest), "highest": self.highest, "stalled": self.stalled}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        self.largest.extend(state["largest"])
+        self.highest, self.stalled = state["highest"], state["stalled"]
+
+
 class Acting:
     """Chooses actions: random ones until the first update, then the policy's, with draws of its own.
 
@@ -270,7 +307,7 @@ class Collector:
         self.recent: deque[bool] = deque(maxlen=max(RECENT, 4 * config.num_envs))  # whether the last episodes failed
         self.last_fault = ""
         self.successes: deque[float] = deque(maxlen=LAST)
-        self.levels: deque[float] = deque(maxlen=LAST)  # the largest rewards of a control step in these
+        self.progress = Progress()
         self.greedy = np.zeros(config.num_envs, bool)  # whether the present episode has deterministic actions
         self.limit = np.full(config.num_envs, config.episode_steps)  # control steps after which it ends
         self.last_return = 0.0
@@ -321,7 +358,7 @@ class Collector:
             ended.append(self.stats[i].metrics())
             self.recent.append(bool(self.failed[i]))
             self.successes.append(ended[-1]["success"])
-            self.levels.append(self.stats[i].max_reward)
+            self.progress.add(self.stats[i].max_reward)
             self.last_return = ended[-1]["return"]
         return ended
 
@@ -348,7 +385,7 @@ class Collector:
             "step": self.step,
             "episode": self.episode,
             "successes": list(self.successes),
-            "levels": list(self.levels),
+            "progress": self.progress.state_dict(),
             "restarts": 0,  # ends through a fault of the environments at this state: Checkpointer.save counts them
             "action_space": plain(self.rng.bit_generator.state),
             "envs": [plain(rng.bit_generator.state) for rng in rngs],
@@ -359,7 +396,7 @@ class Collector:
         """Go on from a saved state; after an end through the environments' fault, from other draws."""
         self.step, self.episode = state["step"], state["episode"]
         self.successes.extend(state["successes"])
-        self.levels.extend(state["levels"])
+        self.progress.load_state_dict(state["progress"])
         self.rng.bit_generator.state = _generator(state["action_space"], state["restarts"]).bit_generator.state
         generators = [_generator(saved, state["restarts"]) for saved in state["envs"]]
         if len(generators) != self.config.num_envs:
@@ -381,8 +418,8 @@ class Collector:
         chance = c.greedy_episodes * self.solved if not self.acting.is_random else 0.0
         self.greedy[env] = chance > 0 and self.rng.random() < chance
         self.limit[env] = (c.eval_steps if self.greedy[env] else 0) or c.episode_steps
-        level = statistics.median(self.levels) if self.levels else -math.inf
-        self.held_actions[env].begin(1.0 if self.greedy[env] else self.solved, level)
+        alone = self.greedy[env] or not self.progress.has_stalled  # while it still improves, it needs no help
+        self.held_actions[env].begin(1.0 if alone else self.solved, self.progress.level)
 
     def _choose_actions(self) -> None:
         """Random actions or the policy's, with the commands that are held: (num_envs, A)."""

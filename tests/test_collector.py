@@ -14,14 +14,22 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from buffer import ReplayBuffer
 from fake_env import FakeEnv
 from faults import difference
+from runtime import collect as collect_module
 from runtime.cli import training_options
-from runtime.collect import RECENT, Collector, UpdateRatio
+from runtime.collect import RECENT, Collector, Progress, UpdateRatio
 from runtime.console import Failure, Stopped, StopSignals
 from runtime.envs import EnvFailure, RebuildingEnv
 from runtime.logger import Stopwatch
 from tiny import tiny_config
 
+STALLED = collect_module.STALLED
 OPTIONS = {"cameras": ("agentview",), "image_size": 16, "action_repeat": 2, "episode_steps": 10}  # 5 agent steps
+
+
+@pytest.fixture(autouse=True)
+def no_progress(monkeypatch):
+    """The policies of these tests come no further, so that their episodes are disturbed from the first one on."""
+    monkeypatch.setattr(collect_module, "STALLED", 0)
 
 
 class Logged(FakeEnv):
@@ -240,15 +248,38 @@ def test_greedy_episodes_are_as_those_of_evaluations():
 
 def test_a_move_waits_for_the_median_of_the_last_largest_rewards(monkeypatch):
     """Of a control step, in the last ten episodes; where there is none yet, it waits for nothing."""
-    collector, levels = collector_of([[]], Policy(updates=5), held_actions=1.0), []
-    monkeypatch.setattr(collector.held_actions[0], "begin", lambda solved, level: levels.append(level))
+    collector, begun = collector_of([[]], Policy(updates=5), held_actions=1.0), []
+    monkeypatch.setattr(collector.held_actions[0], "begin", lambda *args: begun.append(args))
     largest = [figures["max_reward"] for figures in collect(collector, 100)]
+    levels = tuple(level for _, level in begun)
     assert len(levels) > 12
-    assert levels == [-math.inf, *(statistics.median(largest[:i][-10:]) for i in range(1, len(levels)))]
+    assert levels == (-math.inf, *(statistics.median(largest[:i][-10:]) for i in range(1, len(levels))))
     seen = []
     monkeypatch.setattr(collector.held_actions[0], "see", seen.append)
     ended = collect(collector, 20)[-1]
     assert ended["max_reward"] in seen and len(seen) == 20
+
+
+def test_nothing_is_held_while_the_policy_comes_further(monkeypatch):
+    """Only from 20 episodes on in which the median of the largest rewards has not risen by a tenth."""
+    monkeypatch.setattr(collect_module, "STALLED", STALLED)
+    collector = collector_of([[]], Policy(updates=5), held_actions=1.0)
+    begun = []
+    for episode in range(60):
+        collector._explore(0)
+        begun.append(bool(collector.held_actions[0].disturbed))
+        collector.progress.add(episode if episode < 10 else 30.0 + 0.01 * episode)  # the median rises up to episode 15
+    first = begun.index(True)
+    assert 30 < first < 40 and all(begun[first:])
+
+
+@pytest.mark.parametrize(("before", "after", "stalled"), [(1, 1.09, 21), (1, 1.12, 6), (-1, -0.92, 21), (-1, -0.8, 6)])
+def test_a_rise_by_a_tenth_is_progress(before, after, stalled):
+    """Of rewards that are costs too; less than that is chance."""
+    progress = Progress()
+    for largest in [before] * 10 + [after] * 12:  # it is the median of ten from the sixth on
+        progress.add(largest)
+    assert progress.stalled == stalled
 
 
 def test_no_episode_of_random_actions_is_greedy():

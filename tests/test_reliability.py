@@ -195,7 +195,7 @@ DROPPED = [
 
 OTHERS_NEEDED = {  # not by this run: tests that follow, and those of the parts, need them
     "collector.successes",
-    "collector.levels",
+    "collector.progress",
     "collector.restarts",
     "collector.action_space",
     "evaluator.filmed",

@@ -423,6 +423,7 @@ def test_the_policy_remembers_held_commands(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Dreamer, "act", listen)
     monkeypatch.setattr(HeldActions, "MOVES", 0.0)  # grippers are held in all episodes
+    monkeypatch.setattr("runtime.collect.STALLED", 0)
     assert train(tmp_path / "run", "--held_actions 1 --eval_every 1000 --seed 1", Listening) == 0
     assert len(remembered) > 70 and all(np.array_equal(*pair) for pair in remembered)
     assert 10 < sum(abs(action[-1]) == 1 for action, _ in remembered) < len(remembered)
