@@ -406,7 +406,7 @@ def test_a_run_evaluates_in_workers_that_end_with_it(tmp_path, monkeypatch, caps
     assert [line["eval/episodes"] for line in evaluations(tmp_path / "run")] == [2] * (len(workers) - 1) + [4]
     assert list((tmp_path / "run/videos").glob("eval_*.mp4"))
     counts, make = [], evaluate.make_vector_env
-    monkeypatch.setattr(evaluate, "make_vector_env", lambda builders: counts.append(len(builders)) or make(builders))
+    monkeypatch.setattr(evaluate, "make_vector_env", lambda all_, *args: counts.append(len(all_)) or make(all_, *args))
     for flag in ("", "--num_envs 2"):
         flags = ["--eval", str(tmp_path / "run"), "--eval_episodes", "3", *flag.split()]
         assert run.main(flags, FakeEnv) == 0 and "of 3 episodes" in capsys.readouterr().out

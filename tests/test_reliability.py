@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -58,8 +59,16 @@ ROOT = Path(__file__).parent.parent
 EPISODE = 20  # control steps
 
 
+@pytest.fixture(scope="module", autouse=True)
+def disturbed() -> Iterator[None]:
+    """The runs of these tests are short, and explore by held commands from the first episode on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collect, "STALLED", 0)
+        yield
+
+
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory) -> dict:
+def straight(disturbed, tmp_path_factory) -> dict:
     """An undisturbed run: its fingerprint, and a copy of its folder at each of its checkpoints."""
     folder = tmp_path_factory.mktemp("straight")
     with pytest.MonkeyPatch.context() as patch:
