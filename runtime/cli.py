@@ -59,11 +59,11 @@ def parse(argv: Sequence[str]) -> Command:
     words = list(_words(argv))
     options: dict[str, Any] = dict(args=words, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
     with tyro._errors.on_parse_error(_refuse):
-        named_first, _ = tyro.cli(Flags, **options, add_help=False, return_unknown_args=True)
-        preset = named_first.preset
+        first, _ = tyro.cli(Flags, **options, add_help=False, return_unknown_args=True)
+        preset = first.preset  # it and the task decide what the other flags default to
         if preset == "auto":
-            preset = "standard" if pick_device(named_first.device).type == "cuda" else "cpu"
-        default, description = Flags(**defaults(named_first.task, preset)), DESCRIPTION.format(preset=preset)
+            preset = "standard" if pick_device(first.device).type == "cuda" else "cpu"
+        default, description = Flags(**defaults(first.task, preset)), DESCRIPTION.format(preset=preset)
         flags = tyro.cli(Flags, **options, prog="run.py", description=description, default=default)
     named = {_field(word) for word in words if word.startswith("--")}
     values = {field.name: getattr(flags, field.name) for field in dataclasses.fields(Config)}
