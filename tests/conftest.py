@@ -10,6 +10,7 @@ import pytest
 # Tests share the cores, and so do the programs that they start. Runs stay in their process, where tests reach them.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import faults
 import simulated
 from runtime import console
 from runtime.device import load_triton
@@ -34,6 +35,13 @@ def pytest_configure(config: pytest.Config) -> None:
 def nothing_told_yet() -> None:
     """What a test is warned of once, it is warned of whatever tests before it were warned of."""
     console.told.clear()
+
+
+@pytest.fixture(autouse=True)
+def no_videos(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process film only in tests marked `films`: that takes half of a tiny run, and decides nothing."""
+    if not request.node.get_closest_marker("films"):
+        faults.without_videos(monkeypatch)
 
 
 @pytest.fixture

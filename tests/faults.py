@@ -22,13 +22,13 @@ from runtime.logger import Logger, Meter
 TINY = (
     "--preset debug --cameras agentview --cnn_depth 2 --deter 8 --hidden 8 --stoch 4 --classes 4 --reward_units 8 "
     "--discount_units 8 --actor_units 8 --value_units 8 --batch_size 2 --batch_length 5 --prefill 20 --pretrain 2 "
-    "--train_every 5 --steps 100 --episode_steps 20 --log_every 20 --eval_every 40 --video_every 40 --horizon 3 "
+    "--train_every 5 --steps 100 --episode_steps 20 --log_every 20 --eval_every 40 --video_every 1000000 --horizon 3 "
     "--imagine_starts 4 --precision float32 --wandb disabled --device cpu"
 )
 # 8 episodes of 20 steps; training starts in the second, 40 updates; the replay wraps around in the fifth.
 SHORT = (
     "--steps 160 --prefill 30 --pretrain 8 --train_every 4 --capacity 90 --log_every 50 --eval_every 60 "
-    "--video_every 1000000 --eval_episodes 1 --replay_focus 1 "  # of two sequences one is new, one of the best
+    "--eval_episodes 1 --replay_focus 1 "  # of two sequences one is new, one of the best
     "--policy_average 0.9"  # of 40 updates
 )
 

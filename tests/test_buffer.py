@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 import run
 from buffer import Batch, ReplayBuffer, Transition
 from fake_env import FakeEnv
-from faults import without_videos
 from runtime.device import make_replay
 from test_run import newest as newest_state
 from test_run import train
@@ -202,7 +201,6 @@ class ShortEpisodes(FakeEnv):
 @pytest.mark.parametrize("num_envs", [1, 3])
 def test_a_run_trains_on_the_ends_of_short_episodes(num_envs, tmp_path, monkeypatch):
     """500 batches hold terminal and rewarded rows in their share, where no episode is as long as a sequence."""
-    without_videos(monkeypatch)
     made = []
     monkeypatch.setattr(run, "make_replay", lambda *args: made.append(make_replay(*args)) or made[-1])
     flags = f"--num_envs {num_envs} --steps 360 --capacity 240 --batch_length 30 --train_every 50 --eval_every 1000"
@@ -219,7 +217,6 @@ def test_a_run_trains_on_the_ends_of_short_episodes(num_envs, tmp_path, monkeypa
 
 def test_a_replay_of_short_episodes_is_prefilled_when_it_is_full(tmp_path, monkeypatch):
     """Where so many rows are resets that it never holds `prefill` steps, a run learns all the same."""
-    without_videos(monkeypatch)
     monkeypatch.setattr(ShortEpisodes, "share", 1)  # a quarter of the rows are resets
     flags = "--capacity 60 --prefill 55 --steps 200 --eval_every 1000 --eval_episodes 1"
     assert train(tmp_path / "run", flags, ShortEpisodes) == 0

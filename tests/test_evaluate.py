@@ -14,7 +14,6 @@ import torch
 
 import run
 from fake_env import FakeEnv
-from faults import without_videos
 from faulty_env import KilledWorker, UnevenEpisodes
 from runtime import checkpoint, evaluate
 from runtime.collect import EpisodeStats
@@ -40,11 +39,6 @@ from runtime.predict import Prediction, dream
 from test_run import metrics, newest, train
 from tiny import ACTION_SIZE, image_shape, random_batch, seeded, tiny_config, tiny_dreamer
 from train import PRESETS, Config, Dreamer, Policy
-
-
-@pytest.fixture(autouse=True)
-def no_videos(monkeypatch):
-    without_videos(monkeypatch)
 
 
 def recording(steps: int, seed: int = 0, terminal: bool = False, channels: int = 3, rewards=None) -> Episode:
@@ -215,9 +209,9 @@ def test_evaluations_of_another_kind_do_not_compete_with_earlier_ones(tmp_path, 
     assert "can't be compared" in capsys.readouterr().out
 
 
-def test_an_env_that_cannot_render_films_what_the_model_sees(tmp_path, monkeypatch, capsys):
+@pytest.mark.films
+def test_an_env_that_cannot_render_films_what_the_model_sees(tmp_path, capsys):
     """Frames are needed for the episode's video only: a warning says so, and the two others are there."""
-    monkeypatch.undo()  # of `no_videos`
 
     class Unseen(FakeEnv):
         def render(self):
@@ -395,9 +389,9 @@ def test_evaluation_environments_with_other_images_are_refused(tmp_path, capsys)
 FOUR_WORKERS = "--num_envs 2 --prefill 40 --eval_episodes 2 --steps 120"
 
 
+@pytest.mark.films
 def test_a_run_evaluates_in_workers_that_end_with_it(tmp_path, monkeypatch, capsys):
     """The same two for all its evaluations, beside those that train; all are gone at its end. --eval plays alone."""
-    monkeypatch.undo()  # of `no_videos`
     workers = []
     monkeypatch.setattr(evaluate, "analyze", lambda *args: workers.append(processes()) or analyze(*args))
     assert train(tmp_path / "run", FOUR_WORKERS) == 0

@@ -24,11 +24,6 @@ from tiny import random_batch, tiny_config, tiny_dreamer
 from train import Dreamer
 
 
-@pytest.fixture(autouse=True)
-def no_videos(monkeypatch):
-    faults.without_videos(monkeypatch)
-
-
 @pytest.fixture
 def two_cores(monkeypatch):
     """Runs of this test learn beside the steps."""

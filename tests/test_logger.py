@@ -26,6 +26,7 @@ from runtime.console import told
 from runtime.logger import Logger, Meter, Stopwatch
 from tiny import random_batch, tiny_config, tiny_dreamer
 
+pytestmark = pytest.mark.films
 ROOT = Path(__file__).parent.parent
 CONFIG = {"task": "Lift", "preset": "debug", "robot": "Panda", "controller": "OSC_POSITION", "horizon": 15}
 SAVED = {"size": 0, "wandb_id": "abc123", "wandb_step": 7}  # state of a Logger

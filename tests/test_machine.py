@@ -348,5 +348,5 @@ def test_processor_time_of_workers_is_the_runs_own():
         child.kill()
         child.join()
     assert own_later - own >= 1 and machine_later - machine >= 0.9
-    if sys.platform == "linux":  # it stays when the child has ended, up to half a clock tick: sums of floats are rounded
+    if sys.platform == "linux":  # it stays when the child has ended, but for how a sum is rounded: half a clock tick
         assert processor_seconds()[2] > own_later - 0.005

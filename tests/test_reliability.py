@@ -78,11 +78,6 @@ def straight(disturbed, tmp_path_factory) -> dict:
     return {"end": fingerprint(folder / "run"), "copies": copies, "run": folder / "run"}
 
 
-@pytest.fixture(autouse=True)
-def no_videos(monkeypatch):
-    faults.without_videos(monkeypatch)
-
-
 def slow(*cases: tuple) -> list:
     """Cases that repeat what others show in another combination."""
     return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]

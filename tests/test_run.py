@@ -318,6 +318,7 @@ def test_no_two_generators_of_a_run_draw_the_same(tmp_path):
     assert len(set(states)) == 4
 
 
+@pytest.mark.films
 def test_observing_changes_nothing(tmp_path, monkeypatch):
     """R15: losses and weights are identical with W&B, bar, videos and evaluations on or off, in all pairs of those."""
     settings = [(0, 0, 0, 0), (0, 1, 1, 1), (1, 0, 1, 1), (1, 1, 0, 1), (1, 1, 1, 0)]
@@ -503,6 +504,7 @@ def test_the_program_runs_without_wandb(tmp_path, monkeypatch):
     assert any("eval/return_mean" in line for line in metrics(tmp_path / "run"))
 
 
+@pytest.mark.films
 def test_a_missing_video_back_end_costs_a_warning_not_the_run(tmp_path, monkeypatch, capsys):
     """Training goes on when videos can't be written."""
 
