@@ -175,7 +175,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cpu": dict(image_size=32, steps=100_000, log_every=1_000, eval_every=10_000)
     | dict(capacity=60_000, prefill=1_000, train_every=6, batch_length=25)
     | dict(cnn_depth=16, deter=256, hidden=256, stoch=16, classes=16, reward_layers=2, reward_units=256)
-    | dict(discount_head=False, decode_fraction=0.5, model_lr=8e-4, imagine_starts=128)
+    | dict(discount_head=False, decode_fraction=0.5, model_lr=8e-4, imagine_starts=256)
     | dict(actor_layers=3, actor_units=256, actor_lr=4e-4, value_layers=3, value_units=256, value_lr=4e-4),
     # Everything once, in about half a minute.
     "debug": dict(controller="OSC_POSITION", control_freq=10, action_repeat=1, episode_steps=30, steps=180)
