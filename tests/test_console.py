@@ -184,6 +184,7 @@ def test_printing_goes_on_when_there_is_room_again(monkeypatch):
     assert sys.stdout is stream and stream.getvalue() == "line 0\nline 2\nwarning: something\n"
 
 
+@pytest.mark.films
 def test_output_that_fails_changes_no_exit_code(tmp_path, monkeypatch):
     """Also in a script's own process: a run, and a refusal."""
     stream = Fickle()
