@@ -25,7 +25,7 @@ import numpy as np
 # The agent's pictures. In software rendering they cost vertices (a Panda has 168,000 faces) and samples,
 # hardly pixels. Lift, agentview and robot0_eye_in_hand, 64 x 64: 100 ms in RoboSuite's look, 7 ms in this.
 AGENT_MSAA_SAMPLES = 0  # RoboSuite has 4. This saves 62 of 100 ms and moves a pixel by 2 of 255 on average.
-REFLECTIONS = False  # They draw the scene twice: 38 -> 17 ms. A pixel moves by 0.3 in Lift and by 3 in Door.
+REFLECTIONS = False  # For people neither. They draw the scene twice: 38 -> 17 ms. A pixel moves by 0.3, in Door by 3.
 AGENT_DRAWN_SIZE = 64  # Smaller pictures are averages of drawn ones at least this large: pixels cost next to nothing.
 SKIP_UNSEEN_GEOMS = True  # Half of the arm is usually out of the camera's view: 17 -> 12.5 ms. No pixel changes.
 # Meshes are coarser: the vertices in a cell of a grid are one, and a mesh's surface has about so many cells in a
